@@ -1,0 +1,226 @@
+"""The vocabulary of kernel selection: problems, configs, kernels and the choice among them.
+
+Everything here is static data.  A `Problem` says what has to be computed and on which device, a
+`Kernel` says which problems it takes, a `Config` says how one kernel runs one problem, and
+`select` picks from a literal table.  Nothing is decided by catching exceptions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+class KernelError(ValueError):
+    """No kernel takes a problem, or an operand breaks an op's contract.
+
+    Attributes:
+        problem: the refused problem, or None when the operands did not even form one.
+        reasons: kernel name -> why it refused; empty for a bad operand.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        problem: Problem | None = None,
+        reasons: dict[str, str] | None = None,
+    ):
+        self.problem = problem
+        self.reasons = dict(reasons or {})
+        lines = [f"  {name}: {reason}" for name, reason in self.reasons.items()]
+        super().__init__("\n".join([message, *lines]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What selection needs to know about a GPU.
+
+    Attributes:
+        name: the driver's name, which also chooses the table of tuned configs.
+        capability: compute capability such as "9.0".
+        sms: number of streaming multiprocessors.
+        smem: shared memory that one thread block may use, in bytes.
+    """
+
+    name: str
+    capability: str
+    sms: int
+    smem: int
+
+
+H200 = Device("NVIDIA H200", "9.0", 132, 227 * 1024)
+
+
+def current_device() -> Device:
+    """Return the GPU that this process runs on, or an H200 when it has none.
+
+    The second case serves lowering for CUDA on a machine without a GPU.
+    """
+    if jax.default_backend() != "gpu":
+        return H200
+    device = jax.devices()[0]
+    return Device(
+        name=device.device_kind,
+        capability=str(getattr(device, "compute_capability", "")),
+        sms=getattr(device, "core_count", H200.sms),
+        smem=getattr(device, "shared_memory_per_block_optin", H200.smem),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One operation on operands of known shape, type and scale layout.
+
+    Attributes:
+        op: public function, such as "matmul_a8".
+        m, n, k: rows (tokens), output channels and contracted extent, in elements.
+        x_dtype, w_dtype, out_dtype: dtype names; sub-byte weights use their logical type ("uint4").
+        x_scale: "none", "tensor", "token" or "1x128".
+        w_scale: "none", "tensor", "channel", "<bn>x<bk>" for blocks, "g<size>" for groups along k.
+        zero: whether zero points take part.
+        bias: whether a bias is added.
+        device: the GPU to run on.
+    """
+
+    op: str
+    m: int
+    n: int
+    k: int
+    x_dtype: str
+    w_dtype: str
+    out_dtype: str
+    x_scale: str = "none"
+    w_scale: str = "none"
+    zero: bool = False
+    bias: bool = False
+    device: Device = H200
+
+    @property
+    def kind(self) -> str:
+        """Problems of one kind may use each other's tuned configs: all but sizes and device."""
+        zero = " zero" if self.zero else ""
+        return f"{self.x_dtype} {self.w_dtype} {self.x_scale} {self.w_scale}{zero}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Base of the tile configs; each kernel has its own subclass with integer or string fields."""
+
+    def refuses(self, problem: Problem) -> str | None:
+        """Return why this config cannot run `problem`, or None when it can."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One body that can run some problems.
+
+    Attributes:
+        name: unique name, shown in errors and stored in the tuned tables.
+        op: the public function that it implements.
+        config_type: its subclass of `Config`.
+        fn: called as `fn(problem, config, interpret, *operands)`; operands are defined per op.
+        accepts: returns the reason for refusing a problem, or None.
+        default_config: a sane config for an accepted problem that nobody tuned.
+        candidates: the configs worth measuring for a problem.
+    """
+
+    name: str
+    op: str
+    config_type: type[Config]
+    fn: Callable[..., jax.Array | tuple[jax.Array, ...]]
+    accepts: Callable[[Problem], str | None]
+    default_config: Callable[[Problem], Config]
+    candidates: Callable[[Problem], Iterable[Config]]
+
+
+def dtype_bits(dtype: Any) -> int:
+    """Return the width of one element in bits (4 for int4, 8 for float8 and int8)."""
+    info = jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo
+    return info(dtype).bits
+
+
+def require_hopper(problem: Problem) -> str | None:
+    """Return the refusal shared by all kernels that use wgmma and TMA."""
+    if problem.device.capability == "9.0":
+        return None
+    return (
+        f"needs compute capability 9.0, and {problem.device.name} "
+        f"has {problem.device.capability or 'none'}"
+    )
+
+
+_TUNED_FILES = {"NVIDIA H200": "h200.json"}
+
+
+@functools.cache
+def tuned_table(device_name: str) -> dict[str, list[dict[str, Any]]]:
+    """Return the measured configs of a GPU, op -> entries; empty for a GPU nobody measured."""
+    file = _TUNED_FILES.get(device_name)
+    if file is None:
+        return {}
+    return json.loads((Path(__file__).parent / "tuned" / file).read_text())
+
+
+def tuned_config(kernels: Iterable[Kernel], problem: Problem) -> tuple[Kernel, Config] | None:
+    """Return the kernel and config measured best on the nearest tuned problem of the same kind.
+
+    Nearness is the distance of (m, n, k) in octaves, m counting double because the best tile
+    follows it most.  Entries that cannot run `problem` are passed over.
+    """
+    by_name = {kernel.name: kernel for kernel in kernels}
+
+    def distance(entry: dict[str, Any]) -> float:
+        return (
+            2 * abs(math.log2(entry["m"] / problem.m))
+            + abs(math.log2(entry["n"] / problem.n))
+            + abs(math.log2(entry["k"] / problem.k))
+        )
+
+    entries = tuned_table(problem.device.name).get(problem.op, [])
+    for entry in sorted((e for e in entries if e["kind"] == problem.kind), key=distance):
+        kernel = by_name.get(entry["kernel"])
+        if kernel is None or kernel.accepts(problem):
+            continue
+        config = kernel.config_type(**entry["config"])
+        if config.refuses(problem) is None:
+            return kernel, config
+    return None
+
+
+def select(
+    kernels: Iterable[Kernel], problem: Problem, config: Config | None = None
+) -> tuple[Kernel, Config]:
+    """Choose the kernel and config that run a problem.
+
+    A given `config` decides the kernel by its type; else the tuned table of the device does, else
+    the first kernel that accepts runs with its default config.
+
+    Raises:
+        KernelError: nothing accepts; the message lists every kernel's reason.
+    """
+    kernels = [kernel for kernel in kernels if kernel.op == problem.op]
+    reasons: dict[str, str] = {}
+    if config is None and (tuned := tuned_config(kernels, problem)):
+        return tuned
+    for kernel in kernels:
+        if config is not None and not isinstance(config, kernel.config_type):
+            reasons[kernel.name] = f"runs {kernel.config_type.__name__}, not {config!r}"
+            continue
+        reason = kernel.accepts(problem)
+        if reason is None:
+            chosen = config or kernel.default_config(problem)
+            reason = chosen.refuses(problem)
+            if reason is None:
+                return kernel, chosen
+            reason = f"{chosen!r}: {reason}"
+        reasons[kernel.name] = reason
+    raise KernelError(f"no kernel runs {problem}", problem, reasons)

@@ -1,0 +1,109 @@
+"""Pieces that several kernel bodies share: shared memory types, register layouts, ring buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.problem import dtype_bits
+
+# Register layouts of a vector that scales the rows or the columns of a wgmma accumulator.
+ROW = plgpu.Layout.WGMMA.reduce(1)
+COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+# Barriers, alignment gaps and small static buffers that Mosaic adds to the scratch of a kernel.
+SMEM_RESERVE = 2048
+
+
+def cdiv(a: int, b: int) -> int:
+    """Return a / b rounded up."""
+    return -(-a // b)
+
+
+def round_up(a: int, b: int) -> int:
+    """Return the least multiple of b that is at least a."""
+    return cdiv(a, b) * b
+
+
+def tiled_smem(shape: Sequence[int], dtype: Any) -> Any:
+    """Return shared memory in the tiling and swizzle that wgmma and TMA take.
+
+    The last two dimensions are cut in tiles of 8 rows by the widest swizzle (128, 64 or 32 bytes)
+    that divides the last one.
+    """
+    bits = dtype_bits(dtype)
+    swizzle = plgpu.find_swizzle(shape[-1] * bits)
+    transforms = (
+        plgpu.TilingTransform((8, swizzle * 8 // bits)),
+        plgpu.SwizzleTransform(swizzle),
+    )
+    return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
+
+
+def load(ref: Any, layout: Any) -> jax.Array:
+    """Read a whole ref into registers in a given layout (the spelling all jax versions take)."""
+    return plgpu.layout_cast(ref[...], layout)
+
+
+def scale_rows(tile: jax.Array, scale: jax.Array) -> jax.Array:
+    """Multiply row i of a tile by scale[i]; `scale` lies in the ROW layout."""
+    return tile * lax.broadcast_in_dim(scale, tile.shape, [0])
+
+
+def scale_columns(tile: jax.Array, scale: jax.Array) -> jax.Array:
+    """Multiply column j of a tile by scale[j]; `scale` lies in the COLUMN layout."""
+    return tile * lax.broadcast_in_dim(scale, tile.shape, [1])
+
+
+def slot(step: Any, count: int) -> jax.Array:
+    """Return the ring slot that a step uses."""
+    return lax.rem(step, jnp.int32(count))
+
+
+def drain(barriers: Any, steps: Any, count: int) -> None:
+    """Wait for the release of every slot that was filled and not waited for.
+
+    A producer does this before it leaves: in a cluster a peer may still signal its barriers, and
+    the interpreter insists on it.
+    """
+
+    def wait(step, carry):
+        plgpu.barrier_wait(barriers.at[slot(step, count)])
+        return carry
+
+    lax.fori_loop(lax.max(steps - count, 0), steps, wait, jnp.int32(0))
+
+
+def store_tile(tile: jax.Array, staging: Any, destination: Any, *, transpose: bool = False) -> None:
+    """Write a wgmma tile to global memory through a staging buffer in shared memory.
+
+    Args:
+        tile: [rows, columns] in the WGMMA layout, already of the output type.
+        staging: tiled shared memory, [rows, columns], or [columns, rows] when transposing.
+        destination: global memory of the staging buffer's shape; TMA drops what is out of bounds.
+        transpose: whether the output is the transpose of the tile.
+    """
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    if transpose:
+        staging.T[...] = plgpu.layout_cast(tile, plgpu.Layout.WGMMA_TRANSPOSED)
+    else:
+        staging[...] = tile
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(staging, destination)
+
+
+def pad_rows(x: jax.Array, multiple: int) -> jax.Array:
+    """Pad axis 0 with zeros to a multiple (TMA cuts tiled operands in groups of 8 rows)."""
+    missing = -x.shape[0] % multiple
+    return jnp.pad(x, ((0, missing),) + ((0, 0),) * (x.ndim - 1)) if missing else x
+
+
+def pad_columns(x: jax.Array, multiple: int) -> jax.Array:
+    """Pad the last axis with zeros to a multiple (TMA wants row pitches of 16 bytes)."""
+    missing = -x.shape[-1] % multiple
+    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, missing),)) if missing else x
