@@ -25,7 +25,7 @@ def _interpreter(interpret: bool) -> Any:
         return None
     if not can_interpret():
         raise KernelError(f"interpret=True needs jax 0.11 or later; this is jax {jax.__version__}")
-    return plgpu.InterpretGPUParams(detect_races=True)
+    return getattr(plgpu, "InterpretGPUParams")(detect_races=True)  # noqa: B009 - absent in 0.10
 
 
 def _varying_axes(operands: tuple[jax.Array, ...]) -> frozenset[str]:

@@ -1,0 +1,1 @@
+"""jaxquant: quantized inference in JAX."""

@@ -1,0 +1,173 @@
+"""QTensor: a few arrays plus one static layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxquant.arrays.codes import CODES
+from jaxquant.arrays.layout import WHOLE, Grid, Layout, cells, dense_layout
+from jaxquant.arrays.scheme import ActSpec
+from jaxquant.errors import LayoutError
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("data", "scales", "zeros", "perm", "act_scale", "act_zero", "pre_scale"),
+    meta_fields=("layout", "act"),
+)
+@dataclasses.dataclass(frozen=True)
+class QTensor:
+    """A quantized (or dense) weight.  Frozen; a pytree whose leaves are its arrays.
+
+    Every leaf but ``perm`` has the rank of the logical array and obeys the law of
+    :mod:`jaxquant.arrays.layout`; leading axes (layers, experts) are allowed in all leaves.
+
+    Attributes:
+        data: bit planes of the codes, ``[*lead, out/step, in/step]`` each.
+        scales: scale leaves; their product is the scale.
+        zeros: zero points (one) or offsets (any number).
+        perm: ``[*lead, in]`` int32 or None.  With act-order, row ``i`` of the data is input
+            ``perm[i]``; activations are gathered, ``x[..., perm]``, weights stay contiguous.
+        act_scale: ``[*lead, 1, 1]`` f32 static activation scale, or None.
+        act_zero: ``[*lead, 1, 1]`` static activation zero point, or None.
+        pre_scale: ``[*lead, in]`` in grid form (1 on every other axis): activations are multiplied
+            by it before anything else, or None.
+        layout: the static layout.
+        act: how a matmul quantizes its activations, None for not at all.
+    """
+
+    data: tuple[Any, ...]
+    scales: tuple[Any, ...]
+    zeros: tuple[Any, ...]
+    layout: Layout
+    perm: Any = None
+    act_scale: Any = None
+    act_zero: Any = None
+    pre_scale: Any = None
+    act: ActSpec | None = None
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the trailing axes."""
+        return self.layout.axes
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Extents of the leading (stacked) axes."""
+        return tuple(self.data[0].shape[: -len(self.axes)])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape, ``[*lead, *axes]``."""
+        trailing = self.data[0].shape[-len(self.axes) :]
+        return (
+            *self.lead,
+            *(n * step for n, step in zip(trailing, self.layout.data[0], strict=True)),
+        )
+
+    @property
+    def ndim(self) -> int:
+        """Rank of the logical array."""
+        return len(self.data[0].shape)
+
+    def extent(self, axis: str) -> int:
+        """Elements along a named axis."""
+        return self.shape[len(self.lead) + self.layout.index(axis)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of all leaves over the number of weights."""
+        return 8 * self.nbytes / max(1, int(np.prod(self.shape)))
+
+    @property
+    def scheme_name(self) -> str:
+        """A short description: weight code and what happens to activations."""
+        return self.layout.code.name + (f" x {self.act}" if self.act else "")
+
+    def grids(self) -> dict[str, tuple[Grid, ...] | Grid | None]:
+        """The grid of every leaf that obeys the law, by field; None where the leaf is absent."""
+        whole = (WHOLE,) * len(self.axes)
+        along_in = tuple(1 if axis == "in" else WHOLE for axis in self.axes)
+        return {
+            "data": self.layout.data,
+            "scales": self.layout.scales,
+            "zeros": self.layout.zeros,
+            "act_scale": None if self.act_scale is None else whole,
+            "act_zero": None if self.act_zero is None else whole,
+            "pre_scale": None if self.pre_scale is None else along_in,
+        }
+
+    def map(self, change: Callable[[Any, Grid], Any], **replace: Any) -> QTensor:
+        """Apply ``change(leaf, grid)`` to every leaf that obeys the law; ``replace`` sets other fields."""
+        fields: dict[str, Any] = {}
+        for name, grids in self.grids().items():
+            leaf = getattr(self, name)
+            if grids is None:
+                continue
+            if isinstance(leaf, tuple):
+                fields[name] = tuple(change(x, g) for x, g in zip(leaf, grids, strict=True))
+            else:
+                fields[name] = change(leaf, grids)
+        return dataclasses.replace(self, **(fields | replace))
+
+    def check(self, where: str = "QTensor") -> QTensor:
+        """Return self after checking every leaf against the law.
+
+        Raises:
+            LayoutError: a leaf has another shape than the law gives, or a static activation scheme
+                lacks its scale.
+        """
+        if len(self.data) != len(self.layout.data) or len(self.scales) != len(self.layout.scales):
+            raise LayoutError(
+                where,
+                f"{len(self.data)} data and {len(self.scales)} scale leaves",
+                str(self.layout),
+            )
+        if len(self.zeros) != len(self.layout.zeros):
+            raise LayoutError(where, f"{len(self.zeros)} zero leaves", str(self.layout))
+        lead, rank = self.lead, len(self.axes)
+        extents = self.shape[len(lead) :]
+
+        def expect(leaf: Any, grid: Grid) -> Any:
+            rule = (*lead, *(cells(n, step) for n, step in zip(extents, grid, strict=True)))
+            if tuple(leaf.shape) != rule:
+                raise LayoutError(
+                    where, f"a leaf of shape {tuple(leaf.shape)}", f"{self.layout} needs {rule}"
+                )
+            return leaf
+
+        self.map(expect)
+        if self.perm is not None and tuple(self.perm.shape) != (*lead, self.extent("in")):
+            raise LayoutError(
+                where, f"perm of shape {self.perm.shape}", f"one index per input, {extents[-rank:]}"
+            )
+        if self.act is not None and not self.act.dynamic and self.act_scale is None:
+            raise LayoutError(
+                where, "static activations without act_scale", "a static scale is a leaf"
+            )
+        return self
+
+    def __repr__(self) -> str:
+        perm = ", act-order" if self.perm is not None else ""
+        act = f", act {self.act}" if self.act else ""
+        return f"QTensor({list(self.shape)} {self.layout}{perm}{act})"
+
+
+def dense(array: Any, axes: tuple[str, ...] = ("out", "in")) -> QTensor:
+    """Wrap a 16- or 32-bit array ``[*lead, *axes]`` as a QTensor without scales."""
+    names = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+    name = names.get(str(array.dtype))
+    if name is None:
+        raise LayoutError("dense", f"dtype {array.dtype}", "float32, float16 or bfloat16")
+    return QTensor((array,), (), (), dense_layout(CODES[name], axes))

@@ -1,0 +1,329 @@
+"""Structural transforms: pure functions that move a weight and its scales together.
+
+Each of them commutes with :func:`jaxquant.transforms.numeric.dequantize`; a cut that would separate
+codes from their scales is a LayoutError that names the legal cuts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxquant.arrays.layout import WHOLE, Grid, cells
+from jaxquant.arrays.qtensor import QTensor
+from jaxquant.errors import LayoutError
+
+
+def _namespace(leaf: Any) -> Any:
+    return leaf.__array_namespace__()
+
+
+def to_axes(q: QTensor, axes: Sequence[str]) -> QTensor:
+    """Return ``q`` with its trailing axes in the order of ``axes``.
+
+    Args:
+        q: ``[*lead, *q.axes]`` in any layout.
+        axes: the same names in the order wanted, e.g. ``("in", "out")``.
+    Raises:
+        LayoutError: ``axes`` is not an order of ``q.axes``.
+    """
+    layout = q.layout.permute(axes)
+    if layout.axes == q.axes:
+        return q
+    order = [q.axes.index(a) for a in axes]
+    rank = len(order)
+
+    def move(leaf: Any, _: Grid) -> Any:
+        lead = leaf.ndim - rank
+        return leaf.transpose(*range(lead), *(lead + i for i in order))
+
+    return q.map(move, layout=layout)
+
+
+def _require_unpermuted(q: QTensor, what: str) -> None:
+    if q.perm is not None:
+        raise LayoutError(
+            what,
+            "an act-order weight along 'in'",
+            "its data rows are sorted by group, not by input",
+            "cut along 'out', or dequantize first",
+        )
+
+
+def slice_axis(q: QTensor, axis: str, start: int, stop: int) -> QTensor:
+    """Return entries ``start:stop`` of one named axis, codes, scales and zeros together.
+
+    Args:
+        q: ``[*lead, *axes]`` in any layout.
+        axis: one of ``q.axes``.
+        start: first entry, a multiple of the span of the axis.
+        stop: one past the last entry, a multiple of the span or the extent.
+    Raises:
+        LayoutError: a boundary falls inside a group; the message gives the nearest legal cuts.
+    """
+    extent, span = q.extent(axis), q.layout.span(axis)
+    if not 0 <= start < stop <= extent:
+        raise LayoutError(
+            f"slice {axis!r}", f"[{start}:{stop}] of {extent}", "0 <= start < stop <= extent"
+        )
+    for cut in (start, stop):
+        if cut % span and cut != extent:
+            low = cut // span * span
+            raise LayoutError(
+                f"slice {axis!r}",
+                f"a cut at {cut}",
+                f"the layout ({q.layout}) can be cut at multiples of {span} and at the end, {extent}",
+                f"cut at {low} or {min(low + span, extent)}",
+            )
+    if axis == "in":
+        _require_unpermuted(q, f"slice {axis!r}")
+    i = q.layout.index(axis)
+    rank = len(q.axes)
+
+    def cut_leaf(leaf: Any, grid: Grid) -> Any:
+        if grid[i] == WHOLE:
+            return leaf
+        index: list[Any] = [slice(None)] * leaf.ndim
+        index[leaf.ndim - rank + i] = slice(start // grid[i], cells(stop, grid[i]))
+        return leaf[tuple(index)]
+
+    return q.map(cut_leaf)
+
+
+def split(q: QTensor, axis: str, sizes: Sequence[int]) -> list[QTensor]:
+    """Cut one named axis into consecutive pieces of ``sizes`` entries.
+
+    Raises:
+        LayoutError: the sizes do not add up to the extent, or a boundary falls inside a group.
+    """
+    if sum(sizes) != q.extent(axis):
+        raise LayoutError(
+            f"split {axis!r}", f"sizes {list(sizes)}", f"they must add up to {q.extent(axis)}"
+        )
+    bounds = np.cumsum([0, *sizes]).tolist()
+    return [slice_axis(q, axis, a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+def _same(parts: Sequence[QTensor], what: str) -> None:
+    first = parts[0]
+    for i, part in enumerate(parts[1:], 1):
+        if part.layout != first.layout or part.act != first.act:
+            raise LayoutError(
+                what,
+                f"part {i} is {part.layout}, act {part.act}",
+                f"part 0 is {first.layout}, act {first.act}",
+            )
+        for name in ("perm", "act_scale", "act_zero", "pre_scale"):
+            if (getattr(part, name) is None) != (getattr(first, name) is None):
+                raise LayoutError(what, f"only some parts have {name}", "all or none")
+
+
+def stack(parts: Sequence[QTensor]) -> QTensor:
+    """Stack weights of equal layout and shape along a new leading axis; the layout stays the same.
+
+    Raises:
+        LayoutError: layouts, activation schemes or shapes differ.
+    """
+    _same(parts, "stack")
+    shapes = {part.shape for part in parts}
+    if len(shapes) != 1:
+        raise LayoutError("stack", f"shapes {sorted(shapes)}", "all are equal")
+
+    def join(*leaves: Any) -> Any:
+        return _namespace(leaves[0]).stack(leaves)
+
+    return _zip_map(parts, join)
+
+
+def unstack(q: QTensor) -> list[QTensor]:
+    """Inverse of :func:`stack`."""
+    if not q.lead:
+        raise LayoutError("unstack", "a weight without leading axes", "stack adds one")
+    return [index_lead(q, i) for i in range(q.lead[0])]
+
+
+def index_lead(q: QTensor, index: Any) -> QTensor:
+    """Index the first leading axis of every leaf, with an integer, a slice or an index array."""
+    picked = q.map(lambda leaf, _: leaf[index])
+    return picked if q.perm is None else dataclasses.replace(picked, perm=q.perm[index])
+
+
+def _zip_map(parts: Sequence[QTensor], join: Any, **replace: Any) -> QTensor:
+    fields: dict[str, Any] = {}
+    for name in ("data", "scales", "zeros"):
+        columns = zip(*(getattr(part, name) for part in parts), strict=True)
+        fields[name] = tuple(join(*column) for column in columns)
+    for name in ("act_scale", "act_zero", "pre_scale", "perm"):
+        leaves = [getattr(part, name) for part in parts]
+        fields[name] = None if leaves[0] is None else join(*leaves)
+    return dataclasses.replace(parts[0], **(fields | replace))
+
+
+def refine(q: QTensor, axis: str, step: int) -> QTensor:
+    """Repeat scale and zero cells so that each covers ``step`` elements along ``axis``.
+
+    Lossless: every element keeps its scale.
+
+    Args:
+        q: ``[*lead, *axes]``.
+        axis: one of ``q.axes``.
+        step: the new step in elements; it must divide the present ones (WHOLE is divided by any).
+    Raises:
+        LayoutError: a present step is not a multiple of the new one.
+    """
+    i, extent, rank = q.layout.index(axis), q.extent(axis), len(q.axes)
+    if step < 1:
+        raise LayoutError(f"refine {axis!r}", f"step {step}", "a positive number of elements")
+
+    def finer(grid: Grid) -> Grid:
+        if grid[i] != WHOLE and grid[i] % step:
+            rule = "the new step divides the old one"
+            raise LayoutError(f"refine {axis!r}", f"step {grid[i]} to {step}", rule)
+        return (*grid[:i], step, *grid[i + 1 :])
+
+    def repeat(leaf: Any, grid: Grid) -> Any:
+        if grid[i] == step:
+            return leaf
+        position = leaf.ndim - rank + i
+        times = cells(extent if grid[i] == WHOLE else grid[i], step)
+        wide = _namespace(leaf).repeat(leaf, times, axis=position)
+        index: list[Any] = [slice(None)] * leaf.ndim
+        index[position] = slice(0, cells(extent, step))
+        return wide[tuple(index)]
+
+    scale_grids, zero_grids = q.layout.scales, q.layout.zeros
+    layout = dataclasses.replace(
+        q.layout, scales=tuple(map(finer, scale_grids)), zeros=tuple(map(finer, zero_grids))
+    )
+    scales = tuple(map(repeat, q.scales, scale_grids))
+    zeros = tuple(map(repeat, q.zeros, zero_grids))
+    return dataclasses.replace(q, scales=scales, zeros=zeros, layout=layout)
+
+
+def _common_steps(parts: Sequence[QTensor], axis: str) -> list[QTensor]:
+    """Refine until every scale and zero leaf of every part has one step, never WHOLE, along ``axis``."""
+    i = parts[0].layout.index(axis)
+    steps = {grid[i] for part in parts for grid in (*part.layout.scales, *part.layout.zeros)}
+    if not steps or (len(steps) == 1 and WHOLE not in steps):
+        return list(parts)
+    extents = [part.extent(axis) for part in parts] if WHOLE in steps else []
+    step = math.gcd(*(steps - {WHOLE}), *extents)
+    return [refine(part, axis, step) for part in parts]
+
+
+def concat(parts: Sequence[QTensor], axis: str) -> QTensor:
+    """Join weights along a named axis (fused q, k, v or gate, up), lossless.
+
+    Scales that cover the whole axis are repeated over their own part first, never re-quantized.
+
+    Args:
+        parts: weights of one code and activation scheme.
+        axis: the axis to join along.
+    Raises:
+        LayoutError: codes or activation schemes differ, static activation scales or act-orders
+            differ, or a part ends inside a scale block.
+    """
+    parts = _common_steps(parts, axis)
+    _same(parts, f"concat {axis!r}")
+    span = parts[0].layout.span(axis)
+    for k, part in enumerate(parts[:-1]):
+        if part.extent(axis) % span:
+            raise LayoutError(
+                f"concat {axis!r}",
+                f"part {k} ends at {part.extent(axis)}, inside a block of {span}",
+                "every part but the last is a multiple of the block",
+                "keep the parts separate",
+            )
+    i, rank = parts[0].layout.index(axis), len(parts[0].axes)
+    first = parts[0]
+    for name in ("act_scale", "act_zero") + (("pre_scale", "perm") if axis != "in" else ()):
+        shared = getattr(first, name)
+        if shared is not None and not all(
+            np.array_equal(shared, getattr(p, name)) for p in parts[1:]
+        ):
+            raise LayoutError(
+                f"concat {axis!r}",
+                f"the parts' {name} differ",
+                "joined parts see one activation",
+                "keep them separate",
+            )
+
+    def join(leaves: Sequence[Any], grid: Grid) -> Any:
+        if grid[i] == WHOLE:
+            return leaves[0]
+        return _namespace(leaves[0]).concatenate(leaves, axis=leaves[0].ndim - rank + i)
+
+    fields: dict[str, Any] = {}
+    for name in ("data", "scales", "zeros"):
+        columns = zip(*(getattr(part, name) for part in parts), strict=True)
+        grids = getattr(first.layout, name)
+        fields[name] = tuple(join(c, g) for c, g in zip(columns, grids, strict=True))
+    if axis == "in":
+        if first.pre_scale is not None:
+            fields["pre_scale"] = join([p.pre_scale for p in parts], (1,) * rank)
+        if first.perm is not None:
+            offsets = np.cumsum([0, *(p.extent("in") for p in parts[:-1])]).tolist()
+            shifted = [p.perm + np.int32(o) for p, o in zip(parts, offsets, strict=True)]
+            fields["perm"] = _namespace(shifted[0]).concatenate(shifted, axis=-1)
+    return dataclasses.replace(first, **fields)
+
+
+def pad_axis(q: QTensor, axis: str, extent: int) -> QTensor:
+    """Grow a named axis to ``extent`` with elements whose value is zero.
+
+    New codes have the pattern of value zero where the code has one and every new scale cell is
+    one; a zero point's new cells equal the pattern of the new codes.
+
+    Raises:
+        LayoutError: the extent shrinks, falls inside a packed byte, or the weight is act-order
+            along ``in`` or has offsets.
+    """
+    old, i, rank = q.extent(axis), q.layout.index(axis), len(q.axes)
+    step = math.lcm(*(grid[i] for grid in q.layout.data))
+    if extent < old or extent % step:
+        raise LayoutError(f"pad {axis!r}", f"{old} to {extent}", f"grow to a multiple of {step}")
+    if q.layout.affine == "offset" and extent != old:
+        raise LayoutError(
+            f"pad {axis!r}", "a layout with offsets", "its ragged cells carry non-zero offsets"
+        )
+    if extent == old:
+        return q
+    if axis == "in":
+        _require_unpermuted(q, f"pad {axis!r}")
+    if any(grid[i] not in (WHOLE, 1) and old % grid[i] for grid in q.layout.zeros):
+        raise LayoutError(
+            f"pad {axis!r}", f"{old} ends inside a group with a zero point", "pad whole groups"
+        )
+    zero_point = q.layout.affine == "zero_point"
+    pattern = q.layout.code.zero_pattern
+
+    def fill(leaf: Any, grid: Grid, value: Any) -> Any:
+        if grid[i] == WHOLE:
+            return leaf
+        xp, position = _namespace(leaf), leaf.ndim - rank + i
+        shape = list(leaf.shape)
+        shape[position] = cells(extent, grid[i]) - shape[position]
+        if shape[position] == 0:
+            return leaf
+        return xp.concatenate([leaf, xp.full(tuple(shape), value, leaf.dtype)], axis=position)
+
+    if zero_point and any(grid[i] == WHOLE for grid in q.layout.zeros):
+        raise LayoutError(f"pad {axis!r}", "a zero point that covers the axis", "refine it first")
+    data, low = [], 0
+    for width, grid, leaf in zip(q.layout.code.planes, q.layout.data, q.data, strict=True):
+        bits = pattern >> low & ((1 << width) - 1)
+        per_byte = math.prod(grid)
+        data.append(fill(leaf, grid, sum(bits << width * k for k in range(per_byte))))
+        low += width
+    scales = tuple(fill(leaf, g, 1) for leaf, g in zip(q.scales, q.layout.scales, strict=True))
+    zeros = tuple(fill(leaf, g, 0) for leaf, g in zip(q.zeros, q.layout.zeros, strict=True))
+    pre = (
+        q.pre_scale
+        if q.pre_scale is None or axis != "in"
+        else fill(q.pre_scale, q.grids()["pre_scale"], 1)
+    )
+    return dataclasses.replace(q, data=tuple(data), scales=scales, zeros=zeros, pre_scale=pre)
