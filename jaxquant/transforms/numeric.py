@@ -177,7 +177,7 @@ def _quantize(w: jax.Array, scheme: Scheme) -> QTensor:
         top = (tensor[..., 0, :, 0],)
     elif scheme.scale_code == "e8m0":
         scale = power_of_two_scale(amax, code)
-        stored = scale
+        stored = scale.astype(jnp.float8_e8m0fnu)
     elif not scheme.symmetric:
         low = jnp.minimum(jnp.min(blocks, axis=(-3, -1), keepdims=True), 0.0)
         high = jnp.maximum(jnp.max(blocks, axis=(-3, -1), keepdims=True), 0.0)

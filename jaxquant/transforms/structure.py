@@ -7,6 +7,7 @@ codes from their scales is a LayoutError that names the legal cuts.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -105,7 +106,7 @@ def split(q: QTensor, axis: str, sizes: Sequence[int]) -> list[QTensor]:
             f"split {axis!r}", f"sizes {list(sizes)}", f"they must add up to {q.extent(axis)}"
         )
     bounds = np.cumsum([0, *sizes]).tolist()
-    return [slice_axis(q, axis, a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [slice_axis(q, axis, a, b) for a, b in itertools.pairwise(bounds)]
 
 
 def _same(parts: Sequence[QTensor], what: str) -> None:
@@ -205,7 +206,7 @@ def refine(q: QTensor, axis: str, step: int) -> QTensor:
 
 
 def _common_steps(parts: Sequence[QTensor], axis: str) -> list[QTensor]:
-    """Refine until every scale and zero leaf of every part has one step, never WHOLE, along ``axis``."""
+    """Refine until all scale and zero leaves of all parts share one step, never WHOLE."""
     i = parts[0].layout.index(axis)
     steps = {grid[i] for part in parts for grid in (*part.layout.scales, *part.layout.zeros)}
     if not steps or (len(steps) == 1 and WHOLE not in steps):

@@ -1,0 +1,121 @@
+"""Activation quantization as the checkpoint asks for it, in plain XLA ops."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.arrays.qtensor import QTensor
+from jaxquant.arrays.scheme import ActSpec
+from jaxquant.transforms.numeric import E2M1_THRESHOLDS, encode_values, power_of_two_scale
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedActivation:
+    """An activation as codes.
+
+    Attributes:
+        codes: ``[..., in]`` numbers of the code's alphabet, exact in float32.
+        scale: ``[..., 1]`` or, with groups, ``[..., in / group]`` f32.
+        zero: ``[..., 1]`` f32 zero point or None; value = (codes - zero) x scale.
+        group: inputs to a scale, 0 where one scale serves the row.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    zero: jax.Array | None
+    group: int
+
+    def dequantize(self) -> jax.Array:
+        """``[..., in]`` f32."""
+        value = self.codes if self.zero is None else self.codes - self.zero
+        if not self.group:
+            return value * self.scale
+        return value * jnp.repeat(self.scale, self.group, axis=-1)[..., : value.shape[-1]]
+
+
+def _round_to_code(x: jax.Array, spec: ActSpec) -> jax.Array:
+    """Nearest number of the code's alphabet, saturating, still float32."""
+    code = spec.code
+    if code.kind == "float":
+        return encode_values(x, code).astype(jnp.float32)
+    if code.kind == "table":
+        assert len(E2M1_THRESHOLDS) == 7
+        return jnp.asarray(code.table, jnp.float32)[encode_values(x, code)]
+    return jnp.clip(jnp.round(x), code.min, code.max)
+
+
+def _dynamic_scale(amax: jax.Array, spec: ActSpec, tensor_scale: Any) -> jax.Array:
+    """Scale of a token or group from its largest magnitude; 1 where everything is zero."""
+    assert spec.levels is not None
+    if spec.upper_bound is not None:
+        amax = jnp.minimum(amax, spec.upper_bound)
+    if spec.scale_code == "mx":
+        return power_of_two_scale(amax, spec.code)
+    scale = amax / spec.levels
+    if spec.scale_code == "e8m0":
+        mantissa, exponent = jnp.frexp(scale)
+        scale = jnp.ldexp(jnp.float32(1), exponent - (mantissa == 0.5))
+    elif spec.scale_code == "e4m3":
+        local = jnp.clip(scale / tensor_scale, 2.0**-9, 448.0).astype(jnp.float8_e4m3fn)
+        scale = local.astype(jnp.float32) * tensor_scale
+    return jnp.where(amax > 0, scale, 1.0)
+
+
+def quantize_activation(x: jax.Array, q: QTensor) -> QuantizedActivation:
+    """Quantize ``x`` as ``q.act`` says.
+
+    Args:
+        x: ``[..., in]``, any float type.
+        q: a weight whose ``act`` is not None; static scales are read from its leaves.
+    Returns:
+        codes, scales and zero points, all float32.
+    """
+    spec = q.act
+    assert spec is not None and spec.levels is not None
+    x = x.astype(jnp.float32)
+    static = None if q.act_scale is None else q.act_scale.astype(jnp.float32).reshape(())
+    if spec.granularity == "tensor" and not spec.dynamic:
+        zero = None if q.act_zero is None else q.act_zero.astype(jnp.float32).reshape(())
+        scaled = x / static if zero is None else x / static + zero
+        ones = (1,) * x.ndim
+        codes = _round_to_code(scaled, spec)
+        return QuantizedActivation(
+            codes, static.reshape(ones), None if zero is None else zero.reshape(ones), 0
+        )
+    group = spec.group_size if spec.granularity == "group" and spec.group_size else 0
+    width = x.shape[-1]
+    if group:
+        pad = -width % group
+        blocks = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, pad)])
+        blocks = blocks.reshape(*x.shape[:-1], -1, group)
+    else:
+        blocks = x[..., None, :]
+    axes = (-2, -1) if not group else (-1,)
+    if spec.granularity == "tensor":
+        axes = tuple(range(blocks.ndim))
+    if spec.symmetric:
+        amax = jnp.max(jnp.abs(blocks), axis=axes, keepdims=True)
+        tensor_scale = static
+        if spec.scale_code == "e4m3" and static is None:
+            tensor_scale = jnp.max(amax) / (spec.levels * 448.0)
+            tensor_scale = jnp.where(tensor_scale > 0, tensor_scale, 1.0)
+        scale, zero = _dynamic_scale(amax, spec, tensor_scale), None
+        scaled = blocks / scale
+    else:
+        low = jnp.minimum(jnp.min(blocks, axis=axes, keepdims=True), 0.0)
+        high = jnp.maximum(jnp.max(blocks, axis=axes, keepdims=True), 0.0)
+        scale = (high - low) / (spec.code.max - spec.code.min)
+        scale = jnp.where(scale > 0, scale, 1.0)
+        zero = jnp.clip(jnp.round(spec.code.min - low / scale), spec.code.min, spec.code.max)
+        scaled = blocks / scale + zero
+    codes = _round_to_code(scaled, spec)
+    codes = codes.reshape(*x.shape[:-1], -1)[..., :width]
+    rows = (*x.shape[:-1], -1 if group else 1)
+    scale = jnp.broadcast_to(scale[..., 0], (*blocks.shape[:-1],)).reshape(rows)
+    if zero is not None:
+        zero = jnp.broadcast_to(zero[..., 0], (*blocks.shape[:-1],)).reshape(rows)
+    return QuantizedActivation(codes, scale, zero, group)

@@ -1,0 +1,38 @@
+"""``grouped_matmul``: rows sorted by expert times a bank of experts."""
+
+from __future__ import annotations
+
+import jax
+
+from jaxquant.arrays.bank import ExpertBank
+from jaxquant.errors import LayoutError
+from jaxquant.ops.backend import Backend, resolve
+from jaxquant.ops.select import run_grouped_matmul
+
+
+def grouped_matmul(
+    x: jax.Array, bank: ExpertBank, group_sizes: jax.Array, *, backend: Backend | None = None
+) -> jax.Array:
+    """Multiply each group of rows with its own expert.
+
+    Args:
+        x: ``[rows, in]``, sorted by bank position.
+        bank: experts in bank order, each in its own layout.
+        group_sizes: ``[experts]`` int32 rows per bank position; they add up to ``rows``.
+        backend: as for :func:`jaxquant.matmul`.
+    Returns:
+        ``[rows, out]`` in ``x.dtype``.
+    Raises:
+        LayoutError: shapes do not fit.
+        KernelError: "pallas" or "interpret" was asked for and no kernel takes the problem.
+    """
+    inn = bank.parts[0].extent("in")
+    if x.ndim != 2 or x.shape[-1] != inn:
+        raise LayoutError("grouped_matmul", f"x of shape {x.shape}", f"[rows, {inn}] is needed")
+    if group_sizes.shape != (bank.experts,):
+        raise LayoutError(
+            "grouped_matmul",
+            f"group_sizes of shape {group_sizes.shape}",
+            f"one size for each of {bank.experts} experts",
+        )
+    return run_grouped_matmul(x, bank, group_sizes, resolve(backend))

@@ -1,0 +1,40 @@
+"""``matmul``: activations times a quantized weight."""
+
+from __future__ import annotations
+
+import jax
+
+from jaxquant.arrays.qtensor import QTensor
+from jaxquant.errors import LayoutError
+from jaxquant.ops.backend import Backend, resolve
+from jaxquant.ops.select import run_matmul
+
+
+def matmul(x: jax.Array, q: QTensor, *, backend: Backend | None = None) -> jax.Array:
+    """Multiply activations with a weight in any layout.
+
+    Activations are quantized first as ``q.act`` says (not at all, per token, per group, static).
+
+    Args:
+        x: ``[..., in]`` float32, bfloat16 or float16.
+        q: a weight with axes ``in`` and ``out`` in some order, without leading axes.
+        backend: "auto", "pallas", "xla" or "interpret"; by default the surrounding
+            ``jaxquant.backend(...)`` context, else "auto".
+    Returns:
+        ``[..., out]`` in ``x.dtype``.
+    Raises:
+        LayoutError: shapes do not fit, or ``q`` has leading axes.
+        KernelError: "pallas" or "interpret" was asked for and no kernel takes the problem.
+    """
+    if sorted(q.axes) != ["in", "out"] or q.lead:
+        raise LayoutError(
+            "matmul",
+            f"a weight {q!r}",
+            "axes 'in' and 'out', no leading axes",
+            "use jax.vmap for stacked weights",
+        )
+    if x.ndim < 1 or x.shape[-1] != q.extent("in"):
+        raise LayoutError(
+            "matmul", f"x of shape {x.shape}", f"the last axis is in = {q.extent('in')}"
+        )
+    return run_matmul(x, q, resolve(backend))

@@ -1,0 +1,118 @@
+"""The XLA path of ``matmul``: every layout and scheme, on every device, in a few ops.
+
+Where the scales go follows from the layout alone.  A scale whose step covers the whole contracted
+axis multiplies the result (the codes then enter the dot exactly); any other scale multiplies the
+codes before the dot.  The dense weight exists only inside the jitted program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxquant.arrays.layout import WHOLE
+from jaxquant.arrays.qtensor import QTensor
+from jaxquant.ops.activations import QuantizedActivation, quantize_activation
+from jaxquant.transforms.numeric import code_values, dequantize, expand
+
+
+def _dot(x: jax.Array, w: jax.Array, in_axis: int) -> jax.Array:
+    """``[..., in] x w -> [..., out]`` accumulated in float32."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    dims = (((x.ndim - 1,), (in_axis,)), ((), ()))
+    return lax.dot_general(x, w, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _integer_dot(x: jax.Array, w: jax.Array, in_axis: int) -> jax.Array:
+    """Dot of int8-valued float32 operands.
+
+    The CPU multiplies integers one by one but float32 in vectors, where products of 8-bit codes
+    are exact and sums are to 24 bits; other devices have 8-bit dots.
+    """
+
+    def native(a: jax.Array, b: jax.Array) -> jax.Array:
+        dims = (((a.ndim - 1,), (in_axis,)), ((), ()))
+        a8, b8 = a.astype(jnp.int8), b.astype(jnp.int8)
+        return lax.dot_general(a8, b8, dims, preferred_element_type=jnp.int32).astype(jnp.float32)
+
+    return lax.platform_dependent(x, w, cpu=lambda a, b: _dot(a, b, in_axis), default=native)
+
+
+def _row(leaf: jax.Array, q: QTensor) -> jax.Array:
+    """A scale that is WHOLE along ``in`` as ``[out]`` (or ``[1]``), float32."""
+    grid = q.layout.scales[0]
+    flat = expand(leaf.astype(jnp.float32), grid, q.shape)
+    return flat.reshape(-1)
+
+
+def _epilogue(q: QTensor) -> bool:
+    """Whether every scale can multiply the result instead of the codes."""
+    i = q.layout.index("in")
+    whole = all(grid[i] == WHOLE for grid in q.layout.scales)
+    return (
+        bool(q.layout.scales)
+        and len(q.layout.scales) == 1
+        and whole
+        and q.layout.affine != "offset"
+    )
+
+
+def _code_matrix(q: QTensor) -> jax.Array:
+    """Codes minus zero points as float32, ``q.axes`` order."""
+    values = code_values(q)
+    if q.layout.affine == "zero_point":
+        values = values - expand(q.zeros[0].astype(jnp.float32), q.layout.zeros[0], q.shape)
+    return values
+
+
+def matmul_xla(x: jax.Array, q: QTensor) -> jax.Array:
+    """``[..., in] x q -> [..., out]`` in ``x.dtype``; see :func:`jaxquant.ops.matmul.matmul`."""
+    in_axis = q.layout.index("in")
+    if q.pre_scale is not None:
+        x = x * q.pre_scale.reshape(-1).astype(x.dtype)
+    act = quantize_activation(x, q) if q.act is not None else None
+    if q.perm is not None:
+        x, act = _gather(x, act, q.perm)
+        q = dataclasses.replace(q, perm=None)
+    if act is None:
+        y = _weight_only(x, q, in_axis)
+    elif _epilogue(q) and not act.group:
+        y = _both_in_epilogue(act, q, in_axis)
+    else:
+        y = _dot(act.dequantize(), dequantize(q, axes=q.axes), in_axis)
+    return y.astype(x.dtype)
+
+
+def _gather(
+    x: jax.Array, act: QuantizedActivation | None, perm: jax.Array
+) -> tuple[jax.Array, QuantizedActivation | None]:
+    """Bring activations into the order of act-order weight rows."""
+    if act is None:
+        return jnp.take(x, perm, axis=-1), None
+    if act.group:
+        value = jnp.take(act.dequantize(), perm, axis=-1)
+        ones = jnp.ones((*value.shape[:-1], 1), jnp.float32)
+        return x, QuantizedActivation(value, ones, None, 0)
+    return x, dataclasses.replace(act, codes=jnp.take(act.codes, perm, axis=-1))
+
+
+def _weight_only(x: jax.Array, q: QTensor, in_axis: int) -> jax.Array:
+    if not _epilogue(q):
+        return _dot(x, dequantize(q, x.dtype, axes=q.axes), in_axis)
+    # Codes of at most 8 bits are exact in bfloat16 and float16 alike (float16 holds e5m2 too).
+    return _dot(x, _code_matrix(q).astype(x.dtype), in_axis) * _row(q.scales[0], q)
+
+
+def _both_in_epilogue(act: QuantizedActivation, q: QTensor, in_axis: int) -> jax.Array:
+    weight = _code_matrix(q)
+    assert q.act is not None
+    if q.act.code.name == "int8" and q.layout.code.kind == "int":
+        y = _integer_dot(act.codes, weight, in_axis)
+    else:
+        y = _dot(act.codes, weight, in_axis)
+    if act.zero is not None:
+        y = y - act.zero * jnp.sum(weight, axis=in_axis)
+    return y * act.scale * _row(q.scales[0], q)
