@@ -1,7 +1,8 @@
 """The one error family of jaxquant.
 
 Every message has the same four parts, so that a reader knows where to look and what to do:
-``<where>: <what was found>; <the rule>; <what to do>``.  Tests assert on the fields, not on the wording.
+``<where>: <what was found>; <the rule>; <what to do>``.  Tests assert on the fields, not on the
+wording.
 """
 
 from __future__ import annotations

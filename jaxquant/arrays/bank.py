@@ -1,7 +1,8 @@
 """ExpertPlan and ExpertBank: experts of one layer, each in its own layout.
 
 Positions in a bank are not expert ids: experts are sorted so that equal layouts stand next to each
-other (a *run*), and ids are remapped by a constant table.  Router columns are never permuted.
+other (a *run*), and ids are remapped by a constant table.  Router columns are never permuted, which
+would change how ties break and which groups of experts exist.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import functools
 
 import jax
+import numpy as np
 
 from jaxquant.arrays.qtensor import QTensor
 
@@ -22,13 +24,53 @@ class Run:
     stop: int
 
 
+@dataclasses.dataclass(frozen=True)
+class ExpertPlan:
+    """Where each expert of a layer stands, the same for all of its projections; static, hashable.
+
+    With expert parallelism every device runs the same program, so every device holds the same runs:
+    positions are device-major, ``runs`` are those of one device, and layouts that do not divide
+    evenly are filled up with *ghosts*, positions that no id maps to.
+
+    Attributes:
+        order: expert id whose weights stand at each position; a ghost repeats another's weights.
+        ghosts: positions that no token can reach.
+        runs: for each projection, its runs of equal layout in local positions ``0 .. n/devices``.
+        devices: ways of expert parallelism.
+    """
+
+    order: tuple[int, ...]
+    runs: tuple[tuple[Run, ...], ...]
+    ghosts: tuple[int, ...] = ()
+    devices: int = 1
+
+    @property
+    def experts(self) -> int:
+        """Number of experts, without ghosts."""
+        return len(self.order) - len(self.ghosts)
+
+    @property
+    def local(self) -> int:
+        """Positions that one device holds."""
+        return len(self.order) // self.devices
+
+    @functools.cached_property
+    def positions(self) -> np.ndarray:
+        """``[experts]`` int32: the bank position of each expert id."""
+        table = np.full(self.experts, -1, np.int32)
+        for position, expert in enumerate(self.order):
+            if position not in self.ghosts:
+                table[expert] = position
+        return table
+
+
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("parts",), meta_fields=("runs",))
 @dataclasses.dataclass(frozen=True)
 class ExpertBank:
     """One projection of all experts of a layer, in bank order.
 
     Attributes:
-        parts: one stacked QTensor ``[stop - start, out, in]`` per run.
+        parts: one stacked QTensor ``[devices * (stop - start), out, in]`` per run, device-major.
         runs: the static position range of each part.
     """
 
@@ -37,5 +79,17 @@ class ExpertBank:
 
     @property
     def experts(self) -> int:
-        """Number of bank positions."""
+        """Number of bank positions of one device."""
         return self.runs[-1].stop
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.nbytes for part in self.parts)
+
+    def __repr__(self) -> str:
+        runs = ", ".join(
+            f"{run.start}:{run.stop} {part.layout}"
+            for run, part in zip(self.runs, self.parts, strict=True)
+        )
+        return f"ExpertBank({runs})"

@@ -58,7 +58,7 @@ class Code:
 
     @property
     def planes(self) -> tuple[int, ...]:
-        """Widths of the bit planes in bits, low plane first; ``(bits,)`` where one plane is enough."""
+        """Widths of the bit planes in bits, low plane first."""
         if self.bits >= 8:
             return (self.bits,)
         return tuple(1 << i for i in reversed(range(3)) if self.bits >> i & 1)
@@ -79,7 +79,7 @@ class Code:
 
     @property
     def bias(self) -> int:
-        """What the stored unsigned pattern exceeds the value by (excess form of packed integers)."""
+        """By how much the stored unsigned pattern exceeds the value (excess form)."""
         return 1 << (self.bits - 1) if self.kind == "int" and self.packed else 0
 
     @property

@@ -109,7 +109,7 @@ class QTensor:
         }
 
     def map(self, change: Callable[[Any, Grid], Any], **replace: Any) -> QTensor:
-        """Apply ``change(leaf, grid)`` to every leaf that obeys the law; ``replace`` sets other fields."""
+        """Apply ``change(leaf, grid)`` to all lawful leaves; ``replace`` sets other fields."""
         fields: dict[str, Any] = {}
         for name, grids in self.grids().items():
             leaf = getattr(self, name)

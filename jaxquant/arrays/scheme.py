@@ -86,7 +86,7 @@ class Scheme:
         block: ``(out, in)`` elements that share a scale, 0 for the whole axis; None when dense.
         symmetric: no zero points.
         act: activation quantization or None.
-        scale_code: ``"f32"``, ``"e8m0"`` (power of two) or ``"e4m3"`` (two-level, with one f32 on top).
+        scale_code: ``"f32"``, ``"e8m0"`` (power of two) or ``"e4m3"`` (with one f32 on top).
     """
 
     weight: Code

@@ -78,7 +78,7 @@ def quantize_activation(x: jax.Array, q: QTensor) -> QuantizedActivation:
     assert spec is not None and spec.levels is not None
     x = x.astype(jnp.float32)
     static = None if q.act_scale is None else q.act_scale.astype(jnp.float32).reshape(())
-    if spec.granularity == "tensor" and not spec.dynamic:
+    if static is not None and spec.granularity == "tensor":
         zero = None if q.act_zero is None else q.act_zero.astype(jnp.float32).reshape(())
         scaled = x / static if zero is None else x / static + zero
         ones = (1,) * x.ndim

@@ -25,7 +25,7 @@ def _tile_rows(rows: int, experts: int) -> int:
 
 
 def grouped_matmul_xla(x: jax.Array, bank: ExpertBank, group_sizes: jax.Array) -> jax.Array:
-    """``[rows, in] x bank -> [rows, out]``; see :func:`jaxquant.ops.grouped_matmul.grouped_matmul`."""
+    """``[rows, in] x bank -> [rows, out]``; contract of ``jaxquant.grouped_matmul``."""
     rows = x.shape[0]
     out = bank.parts[0].extent("out")
     tile = _tile_rows(rows, bank.experts)

@@ -113,7 +113,7 @@ def encode_values(values: jax.Array, code: Code) -> jax.Array:
         magnitude = jnp.abs(values)
         index = jnp.zeros(values.shape, jnp.uint8)
         for i, threshold in enumerate(E2M1_THRESHOLDS):
-            # A tie goes to the code whose last bit is 0: up from an odd code, down from an even one.
+            # A tie goes to the even code: up from an odd one, down from an even one.
             above = magnitude >= threshold if i % 2 else magnitude > threshold
             index = index + above.astype(jnp.uint8)
         return index | (jnp.signbit(values).astype(jnp.uint8) << 3)
@@ -165,7 +165,7 @@ def _quantize(w: jax.Array, scheme: Scheme) -> QTensor:
     amax = jnp.max(jnp.abs(blocks), axis=(-3, -1), keepdims=True)
     zeros: tuple[Any, ...] = ()
     top: tuple[Any, ...] = ()
-    # Scales of groups are kept in 16 bits as checkpoints do; per channel or block they cost nothing.
+    # Group scales take 16 bits, as in checkpoints; per channel or block they cost nothing.
     scale_dtype = (
         jnp.bfloat16 if block[1] and code.kind != "float" and block[0] == 1 else jnp.float32
     )
@@ -209,7 +209,7 @@ def _quantize(w: jax.Array, scheme: Scheme) -> QTensor:
 
 
 def requantize(q: QTensor, scheme: Scheme | str) -> QTensor:
-    """Quantize the dense value of ``q`` again with another scheme; spelled out because it is lossy."""
+    """Quantize the dense value of ``q`` again with another scheme; lossy, hence spelled out."""
     return quantize(dequantize(q, axes=q.axes), scheme, q.axes)
 
 

@@ -36,7 +36,7 @@ def unpack_bits(packed: Any, width: int, axis: int) -> Any:
 
 
 def pack_bits(elements: Any, width: int, axis: int) -> Any:
-    """Inverse of :func:`unpack_bits`; the extent along ``axis`` must be a multiple of ``8 // width``."""
+    """Inverse of :func:`unpack_bits`; ``8 // width`` must divide the extent along ``axis``."""
     per_byte, axis = 8 // width, axis % elements.ndim
     shape = list(elements.shape)
     shape[axis : axis + 1] = [shape[axis] // per_byte, per_byte]
@@ -56,7 +56,7 @@ def _packed_axis(grid: Grid) -> int | None:
 
 
 def pack_codes(patterns: Any, code: Code, grids: Sequence[Grid]) -> tuple[Any, ...]:
-    """Cut unsigned bit patterns ``[*lead, *axes]`` uint8 into the planes that ``grids`` describe."""
+    """Cut bit patterns ``[*lead, *axes]`` uint8 into the planes that ``grids`` describe."""
     if len(grids) == 1 and math.prod(grids[0]) == 1:
         return (patterns,)
     planes, low = [], 0
@@ -124,7 +124,7 @@ def elements_to_words(elements: np.ndarray, bits: int) -> np.ndarray:
 
 
 def transpose_copy(matrix: np.ndarray) -> np.ndarray:
-    """Contiguous transpose of a 2-D array, by strips: about four times faster than one strided copy."""
+    """Contiguous transpose of a 2-D array, by strips: four times faster than a strided copy."""
     rows, columns = matrix.shape
     out = np.empty((columns, rows), matrix.dtype)
     for i in range(0, rows, 16):

@@ -77,7 +77,7 @@ def slice_axis(q: QTensor, axis: str, start: int, stop: int) -> QTensor:
             raise LayoutError(
                 f"slice {axis!r}",
                 f"a cut at {cut}",
-                f"the layout ({q.layout}) can be cut at multiples of {span} and at the end, {extent}",
+                f"{q.layout} can be cut at multiples of {span} and at the end, {extent}",
                 f"cut at {low} or {min(low + span, extent)}",
             )
     if axis == "in":
@@ -176,17 +176,24 @@ def refine(q: QTensor, axis: str, step: int) -> QTensor:
     Raises:
         LayoutError: a present step is not a multiple of the new one.
     """
-    i, extent, rank = q.layout.index(axis), q.extent(axis), len(q.axes)
     if step < 1:
         raise LayoutError(f"refine {axis!r}", f"step {step}", "a positive number of elements")
+    return _refine(q, axis, [step] * len(q.scales), [step] * len(q.zeros))
 
-    def finer(grid: Grid) -> Grid:
+
+def _refine(
+    q: QTensor, axis: str, scale_steps: Sequence[int], zero_steps: Sequence[int]
+) -> QTensor:
+    """:func:`refine` with a step for each scale and zero leaf."""
+    i, extent, rank = q.layout.index(axis), q.extent(axis), len(q.axes)
+
+    def finer(grid: Grid, step: int) -> Grid:
         if grid[i] != WHOLE and grid[i] % step:
             rule = "the new step divides the old one"
             raise LayoutError(f"refine {axis!r}", f"step {grid[i]} to {step}", rule)
         return (*grid[:i], step, *grid[i + 1 :])
 
-    def repeat(leaf: Any, grid: Grid) -> Any:
+    def repeat(leaf: Any, grid: Grid, step: int) -> Any:
         if grid[i] == step:
             return leaf
         position = leaf.ndim - rank + i
@@ -198,22 +205,29 @@ def refine(q: QTensor, axis: str, step: int) -> QTensor:
 
     scale_grids, zero_grids = q.layout.scales, q.layout.zeros
     layout = dataclasses.replace(
-        q.layout, scales=tuple(map(finer, scale_grids)), zeros=tuple(map(finer, zero_grids))
+        q.layout,
+        scales=tuple(map(finer, scale_grids, scale_steps)),
+        zeros=tuple(map(finer, zero_grids, zero_steps)),
     )
-    scales = tuple(map(repeat, q.scales, scale_grids))
-    zeros = tuple(map(repeat, q.zeros, zero_grids))
+    scales = tuple(map(repeat, q.scales, scale_grids, scale_steps))
+    zeros = tuple(map(repeat, q.zeros, zero_grids, zero_steps))
     return dataclasses.replace(q, scales=scales, zeros=zeros, layout=layout)
 
 
 def _common_steps(parts: Sequence[QTensor], axis: str) -> list[QTensor]:
-    """Refine until all scale and zero leaves of all parts share one step, never WHOLE."""
+    """Refine until each scale and zero leaf has one step, never WHOLE, in all parts."""
     i = parts[0].layout.index(axis)
-    steps = {grid[i] for part in parts for grid in (*part.layout.scales, *part.layout.zeros)}
-    if not steps or (len(steps) == 1 and WHOLE not in steps):
-        return list(parts)
-    extents = [part.extent(axis) for part in parts] if WHOLE in steps else []
-    step = math.gcd(*(steps - {WHOLE}), *extents)
-    return [refine(part, axis, step) for part in parts]
+    extents = [part.extent(axis) for part in parts]
+
+    def common(grids: Sequence[Grid]) -> int:
+        steps = {grid[i] for grid in grids}
+        if len(steps) == 1 and WHOLE not in steps:
+            return steps.pop()
+        return math.gcd(*(steps - {WHOLE}), *(extents if WHOLE in steps else ()))
+
+    scale_steps = [common(grids) for grids in zip(*(p.layout.scales for p in parts), strict=True)]
+    zero_steps = [common(grids) for grids in zip(*(p.layout.zeros for p in parts), strict=True)]
+    return [_refine(part, axis, scale_steps, zero_steps) for part in parts]
 
 
 def concat(parts: Sequence[QTensor], axis: str) -> QTensor:
@@ -228,13 +242,16 @@ def concat(parts: Sequence[QTensor], axis: str) -> QTensor:
         LayoutError: codes or activation schemes differ, static activation scales or act-orders
             differ, or a part ends inside a scale block.
     """
+    what = f"concat {axis!r}"
+    if len({(p.layout.code, len(p.scales), len(p.zeros), p.axes) for p in parts}) != 1:
+        raise LayoutError(what, " and ".join(str(p.layout) for p in parts), "one code and formula")
     parts = _common_steps(parts, axis)
-    _same(parts, f"concat {axis!r}")
+    _same(parts, what)
     span = parts[0].layout.span(axis)
     for k, part in enumerate(parts[:-1]):
         if part.extent(axis) % span:
             raise LayoutError(
-                f"concat {axis!r}",
+                what,
                 f"part {k} ends at {part.extent(axis)}, inside a block of {span}",
                 "every part but the last is a multiple of the block",
                 "keep the parts separate",
@@ -299,8 +316,8 @@ def pad_axis(q: QTensor, axis: str, extent: int) -> QTensor:
         raise LayoutError(
             f"pad {axis!r}", f"{old} ends inside a group with a zero point", "pad whole groups"
         )
-    zero_point = q.layout.affine == "zero_point"
-    pattern = q.layout.code.zero_pattern
+    if any(grid[i] == WHOLE for grid in q.layout.zeros):
+        raise LayoutError(f"pad {axis!r}", "a zero point that covers the axis", "refine it first")
 
     def fill(leaf: Any, grid: Grid, value: Any) -> Any:
         if grid[i] == WHOLE:
@@ -312,19 +329,19 @@ def pad_axis(q: QTensor, axis: str, extent: int) -> QTensor:
             return leaf
         return xp.concatenate([leaf, xp.full(tuple(shape), value, leaf.dtype)], axis=position)
 
-    if zero_point and any(grid[i] == WHOLE for grid in q.layout.zeros):
-        raise LayoutError(f"pad {axis!r}", "a zero point that covers the axis", "refine it first")
-    data, low = [], 0
-    for width, grid, leaf in zip(q.layout.code.planes, q.layout.data, q.data, strict=True):
-        bits = pattern >> low & ((1 << width) - 1)
-        per_byte = math.prod(grid)
-        data.append(fill(leaf, grid, sum(bits << width * k for k in range(per_byte))))
-        low += width
+    pattern, code, grids = q.layout.code.zero_pattern, q.layout.code, q.layout.data
+    if all(step == 1 for grid in grids for step in grid):
+        data = [fill(q.data[0], grids[0], pattern)]
+    else:
+        data, low = [], 0
+        for width, grid, leaf in zip(code.planes, grids, q.data, strict=True):
+            bits = pattern >> low & ((1 << width) - 1)
+            data.append(fill(leaf, grid, sum(bits << width * k for k in range(math.prod(grid)))))
+            low += width
     scales = tuple(fill(leaf, g, 1) for leaf, g in zip(q.scales, q.layout.scales, strict=True))
     zeros = tuple(fill(leaf, g, 0) for leaf, g in zip(q.zeros, q.layout.zeros, strict=True))
-    pre = (
-        q.pre_scale
-        if q.pre_scale is None or axis != "in"
-        else fill(q.pre_scale, q.grids()["pre_scale"], 1)
-    )
-    return dataclasses.replace(q, data=tuple(data), scales=scales, zeros=zeros, pre_scale=pre)
+    padded = dataclasses.replace(q, data=tuple(data), scales=scales, zeros=zeros)
+    if axis == "in" and q.pre_scale is not None:
+        along_in = tuple(1 if name == "in" else WHOLE for name in q.axes)
+        padded = dataclasses.replace(padded, pre_scale=fill(q.pre_scale, along_in, 1))
+    return padded

@@ -1,0 +1,54 @@
+# Everything a newcomer needs: `make demo` and `make test`.  Both build their own environments.
+PYTHON ?= python3
+PYTHON312 ?= python3.12
+BIN := .venv/bin
+BIN312 := .venv312/bin
+# Two workers: the suite compiles many small programs, each on one core.
+PYTEST := -m pytest -q -n 2 --dist worksteal
+
+.PHONY: demo test test311 test312 test-interpret lint format clean
+
+.venv/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test,notebooks]'
+	touch $@
+
+.venv312/.installed: pyproject.toml
+	$(PYTHON312) -m venv .venv312
+	$(BIN312)/python -m pip install --quiet --upgrade pip
+	$(BIN312)/python -m pip install --quiet --editable '.[test]' 'jax>=0.11'
+	touch $@
+
+demo: .venv/.installed
+	$(BIN)/python -m jaxquant demo --out demo_output
+
+test: test311 test-interpret
+
+test311: .venv/.installed
+	$(BIN)/python $(PYTEST) -m 'not gpu and not interpret'
+
+# The GPU interpreter and its race detector need jax 0.11, which needs Python 3.12.  CI must have it.
+test-interpret:
+ifeq ($(shell command -v $(PYTHON312) 2>/dev/null),)
+	@echo "$(PYTHON312) not found: the GPU interpreter tests (jax >= 0.11) are not run"
+	@test -z "$$CI"
+else
+	$(MAKE) .venv312/.installed
+	$(BIN312)/python $(PYTEST) -m 'interpret and not gpu' tests/pallas_kernels
+endif
+
+test312: .venv312/.installed
+	$(BIN312)/python $(PYTEST) -m 'not gpu'
+
+lint: .venv/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: .venv/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv .venv312 demo_output

@@ -1,0 +1,108 @@
+"""Experts of mixed formats: from one QTensor per expert to a plan and its banks.
+
+Works on real arrays and on abstract ones (``jax.ShapeDtypeStruct`` leaves) alike, so that a model
+can be planned and checked before a byte of it is read.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.arrays.bank import ExpertBank, ExpertPlan, Run
+from jaxquant.arrays.qtensor import QTensor
+from jaxquant.errors import PlanError
+from jaxquant.transforms.structure import index_lead
+
+
+def signature(q: QTensor) -> Hashable:
+    """What two weights must share to stand in one run: layout, leaves present, shapes, dtypes."""
+    leaves, structure = jax.tree.flatten(q)
+    return structure, tuple((tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves)
+
+
+def _ranks(keys: Sequence[Hashable]) -> list[int]:
+    """Number each distinct key in order of first appearance."""
+    seen: dict[Hashable, int] = {}
+    return [seen.setdefault(key, len(seen)) for key in keys]
+
+
+def _snake(classes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Order distinct tuples so that neighbours differ in as few places as possible.
+
+    Sorted by the first place; within it by the others, forwards and backwards in turn, so that a
+    run of a later projection continues across a boundary of an earlier one.
+    """
+    if len(classes) < 2:
+        return classes
+    ordered: list[tuple[int, ...]] = []
+    for i, head in enumerate(sorted({key[0] for key in classes})):
+        tails = _snake(sorted(key[1:] for key in classes if key[0] == head))
+        ordered += [(head, *tail) for tail in (tails if i % 2 == 0 else reversed(tails))]
+    return ordered
+
+
+def _runs(keys: Sequence[Hashable]) -> tuple[Run, ...]:
+    runs, start = [], 0
+    for _, group in itertools.groupby(keys):
+        stop = start + sum(1 for _ in group)
+        runs.append(Run(start, stop))
+        start = stop
+    return tuple(runs)
+
+
+def plan_experts(
+    projections: Sequence[Sequence[QTensor]], devices: int = 1, where: str = "experts"
+) -> ExpertPlan:
+    """Sort experts so that equal layouts are contiguous in every projection.
+
+    The first projection gets one run per layout, later ones as few as a common order allows.
+
+    Args:
+        projections: for each projection (gate, up, down) the weight of every expert by id, real or
+            abstract; an act-order weight (with ``perm``) forms runs of its own.
+        devices: ways of expert parallelism; each layout is dealt evenly over the devices.
+        where: module path for messages.
+    Raises:
+        PlanError: projections of different length, or experts of one projection whose logical
+            shapes differ.
+    """
+    counts = {len(column) for column in projections}
+    if len(counts) != 1 or 0 in counts:
+        raise PlanError(where, [f"projections have {sorted(counts)} experts, all need as many"])
+    problems = [
+        f"projection {p}: experts have shapes {shapes}, all are equal"
+        for p, column in enumerate(projections)
+        if len(shapes := sorted({q.shape for q in column})) > 1
+    ]
+    if problems:
+        raise PlanError(where, problems)
+    columns = [_ranks([signature(q) for q in column]) for column in projections]
+    members: dict[tuple[int, ...], list[int]] = collections.defaultdict(list)
+    for expert, key in enumerate(zip(*columns, strict=True)):
+        members[key].append(expert)
+    classes = _snake(list(members))
+    order: list[int] = []
+    ghosts: list[int] = []
+    for device in range(devices):
+        for key in classes:
+            share = -(-len(members[key]) // devices)
+            for expert in members[key][device * share : (device + 1) * share]:
+                order.append(expert)
+            while len(order) % _width(members, devices) != _end(members, classes, key, devices):
+                ghosts.append(len(order))
+                order.append(members[key][0])
+    local = order[: len(order) // devices]
+    runs = tuple(_runs([column[expert] for expert in local]) for column in columns)
+    return ExpertPlan(tuple(order), runs, tuple(ghosts), devices)
+
+
+def _width(members: dict[tuple[int, ...], list[int]], devices: int) -> int:
+    raise NotImplementedError
