@@ -1,0 +1,178 @@
+"""matmul of every scheme against the float64 oracle, with a negative control for each."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxquant.ops as ops
+from jaxquant.arrays.codes import CODES
+from jaxquant.arrays.scheme import ActSpec
+from jaxquant.errors import ConfigError, KernelError, LayoutError
+from jaxquant.transforms.numeric import quantize
+from jaxquant.transforms.structure import stack, to_axes
+from tests.ops import oracle
+
+ACTS = {
+    "fp8": oracle.token_e4m3,
+    "fp8_tensor": oracle.token_e4m3,
+    "fp8_b128": oracle.group_e4m3,
+    "w8a8": oracle.token_int8,
+    "w8a8_b128": oracle.group_int8,
+    "w4a8_g64": oracle.token_int8,
+    "w4afp8_g32": oracle.token_e4m3,
+}
+WEIGHT_ONLY = ["f32", "fp8a16", "w4a16_g32", "w4a16_g64_asym", "w4a16", "w8a16_g64", "w3a16_g64"]
+WEIGHT_ONLY += [
+    "w2a16_g32_asym",
+    "w5a16_g64",
+    "w6a16",
+    "w7a16_g64",
+    "nvfp4a16",
+    "mxfp4a16",
+    "mxfp8a16",
+]
+SHAPE = (192, 576)
+
+
+def case(scheme, seed=0, shape=SHAPE):
+    rng = np.random.default_rng(seed)
+    w = rng.standard_normal(shape).astype(np.float32) * rng.lognormal(size=(shape[0], 1)).astype(
+        np.float32
+    )
+    x = rng.standard_normal((13, shape[1])).astype(np.float32)
+    x[:, 7] *= 20
+    return x, quantize(w, scheme, ("out", "in"))
+
+
+@pytest.mark.parametrize("scheme", [*ACTS, *WEIGHT_ONLY])
+def test_matmul_against_float64(scheme):
+    x, q = case(scheme)
+    seen = ACTS.get(scheme, lambda a: a)(x.astype(np.float64))
+    expected = seen @ oracle.weight(q).T
+    y = jax.jit(ops.matmul)(x, q)
+    assert y.dtype == jnp.float32 and y.shape == (13, SHAPE[0])
+    # A code that sits on a rounding boundary may fall either way in float32; it is rare.
+    tolerance = 2e-3 if scheme in ACTS else 1e-6
+    assert oracle.relative(y, expected) < tolerance
+    turned = ops.matmul(x, to_axes(q, ("in", "out")))
+    assert oracle.relative(turned, expected) < tolerance
+    half = ops.matmul(jnp.asarray(x, jnp.bfloat16), q)
+    assert half.dtype == jnp.bfloat16 and oracle.relative(half.astype(jnp.float32), expected) < 0.02
+
+
+@pytest.mark.parametrize("scheme", [*ACTS, *WEIGHT_ONLY])
+def test_a_broken_weight_is_noticed(scheme):
+    x, q = case(scheme)
+    seen = ACTS.get(scheme, lambda a: a)(x.astype(np.float64))
+    expected = seen @ oracle.weight(q).T
+    if q.scales:
+        leaf = q.scales[0]
+        axis = 0 if leaf.shape[0] > 1 else 1
+        rolled = (
+            jnp.roll(leaf.astype(jnp.float32), 1, axis).astype(leaf.dtype)
+            if leaf.size > 1
+            else leaf * 2
+        )
+        broken = dataclasses.replace(q, scales=(rolled, *q.scales[1:]))
+    else:
+        broken = dataclasses.replace(q, data=(jnp.roll(q.data[0], 1, 0),))
+    assert oracle.relative(ops.matmul(x, broken), expected) > 5e-3
+
+
+def with_act(scheme, spec, **leaves):
+    x, q = case(scheme)
+    leaves = {name: jnp.full((1, 1), value, jnp.float32) for name, value in leaves.items()}
+    return x, dataclasses.replace(q, act=spec, **leaves).check()
+
+
+def test_static_per_tensor_fp8():
+    spec = ActSpec(CODES["e4m3"], "tensor", dynamic=False)
+    x, q = with_act("fp8_tensor", spec, act_scale=0.01)
+    seen = oracle.round_e4m3(x.astype(np.float64) / np.float32(0.01)) * np.float32(0.01)
+    expected = seen @ oracle.weight(q).T
+    assert np.abs(x).max() / 0.01 > 448, "saturation is part of the case"
+    assert oracle.relative(ops.matmul(x, q), expected) < 1e-5
+    with pytest.raises(LayoutError, match="static activations without act_scale"):
+        dataclasses.replace(q, act_scale=None).check()
+
+
+def test_static_asymmetric_int8_has_the_zero_point_correction():
+    spec = ActSpec(CODES["int8"], "tensor", dynamic=False, symmetric=False)
+    x, q = with_act("w8a8", spec, act_scale=0.05, act_zero=-31)
+    scale = float(np.float32(0.05))
+    codes = np.clip(np.round(x.astype(np.float64) / scale - 31), -128, 127)
+    expected = (codes + 31) * scale @ oracle.weight(q).T
+    assert oracle.relative(ops.matmul(x, q), expected) < 1e-5
+    uncorrected = codes * scale @ oracle.weight(q).T
+    assert oracle.relative(uncorrected, expected) > 0.05
+
+
+def test_dynamic_asymmetric_int8():
+    x, q = with_act("w8a8", ActSpec(CODES["int8"], symmetric=False))
+    x = np.abs(x)
+    expected = oracle.token_int8_asymmetric(x.astype(np.float64)) @ oracle.weight(q).T
+    assert oracle.relative(ops.matmul(x, q), expected) < 2e-3
+    assert (
+        oracle.relative(oracle.token_int8(x.astype(np.float64)) @ oracle.weight(q).T, expected)
+        > 2e-3
+    )
+
+
+def test_act_order_gathers_the_activations():
+    x, q = case("w4a16_g64_asym")
+    perm = np.random.default_rng(3).permutation(SHAPE[1]).astype(np.int32)
+    q = dataclasses.replace(q, perm=jnp.asarray(perm))
+    assert (
+        oracle.relative(jax.jit(ops.matmul)(x, q), x.astype(np.float64) @ oracle.weight(q).T) < 1e-6
+    )
+    static = dataclasses.replace(q, act=ActSpec(CODES["int8"]))
+    expected = oracle.token_int8(x.astype(np.float64)) @ oracle.weight(q).T
+    assert oracle.relative(ops.matmul(x, static), expected) < 2e-3
+
+
+def test_pre_scale_multiplies_the_activation_first():
+    x, q = case("w4a16_g64")
+    pre = np.random.default_rng(4).uniform(0.5, 2, (1, SHAPE[1])).astype(np.float32)
+    q = dataclasses.replace(q, pre_scale=jnp.asarray(pre)).check()
+    assert (
+        oracle.relative(ops.matmul(x, q), (x * pre).astype(np.float64) @ oracle.weight(q).T) < 1e-6
+    )
+
+
+def test_zero_rows_give_zeros_not_nan():
+    for scheme in ACTS:
+        _, q = case(scheme)
+        assert not np.asarray(ops.matmul(jnp.zeros((3, SHAPE[1])), q)).any()
+
+
+def test_no_dense_weight_leaves_the_program():
+    _, q = case("w4a16_g64")
+    closed = jax.make_jaxpr(ops.matmul)(jnp.zeros((4, SHAPE[1])), q)
+    assert [v.aval.shape for v in closed.jaxpr.outvars] == [(4, SHAPE[0])]
+    compiled = jax.jit(ops.matmul).lower(jnp.zeros((4, SHAPE[1])), q).compile()
+    arguments = compiled.memory_analysis().argument_size_in_bytes
+    assert arguments < SHAPE[0] * SHAPE[1] + 4 * 4 * SHAPE[1]
+
+
+def test_bad_shapes_are_named():
+    x, q = case("fp8")
+    with pytest.raises(LayoutError, match="in = 576"):
+        ops.matmul(x[:, :-1], q)
+    with pytest.raises(LayoutError, match="no leading axes"):
+        ops.matmul(x, stack([q, q]))
+
+
+def test_backend_is_part_of_the_jit_key_and_strict():
+    x, q = case("fp8")
+    run = jax.jit(lambda a: ops.matmul(a, q))
+    run(x)
+    with ops.backend("pallas"), pytest.raises(KernelError) as caught:
+        run(x)
+    assert caught.value.reasons
+    with pytest.raises(ConfigError, match="no such backend"):
+        ops.matmul(x, q, backend="triton")
+    with pytest.raises(ConfigError), ops.backend("cuda"):
+        pass
