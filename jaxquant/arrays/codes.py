@@ -17,6 +17,8 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 
+from jaxquant.errors import LayoutError
+
 E2M1_VALUES = (
     0.0,
     0.5,
@@ -34,6 +36,9 @@ E2M1_VALUES = (
     -3.0,
     -4.0,
     -6.0,
+)
+IQ4_VALUES = tuple(
+    map(float, (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))
 )
 
 
@@ -84,8 +89,12 @@ class Code:
 
     @property
     def zero_pattern(self) -> int:
-        """The stored pattern whose value is zero."""
-        return self.table.index(0.0) if self.kind == "table" else self.bias
+        """The stored pattern whose value is zero; LayoutError when there is none."""
+        if self.kind != "table":
+            return self.bias
+        if 0.0 not in self.table:
+            raise LayoutError(self.name, "no pattern stands for zero", "padding needs one")
+        return self.table.index(0.0)
 
     @property
     def min(self) -> float:
@@ -122,6 +131,8 @@ CODES: dict[str, Code] = {
         Code("e4m3", 8, "float", "float8_e4m3fn"),
         Code("e5m2", 8, "float", "float8_e5m2"),
         Code("e2m1", 4, "table", "uint8", E2M1_VALUES),
+        Code("iq4", 4, "table", "uint8", IQ4_VALUES),
+        Code("ternary", 2, "table", "uint8", (-1.0, 0.0, 1.0, 2.0)),
         *(_integer("int", bits) for bits in range(2, 9)),
         *(_integer("uint", bits) for bits in range(1, 9)),
     )
