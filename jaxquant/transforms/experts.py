@@ -7,7 +7,6 @@ can be planned and checked before a byte of it is read.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import itertools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -94,15 +93,72 @@ def plan_experts(
     for device in range(devices):
         for key in classes:
             share = -(-len(members[key]) // devices)
-            for expert in members[key][device * share : (device + 1) * share]:
-                order.append(expert)
-            while len(order) % _width(members, devices) != _end(members, classes, key, devices):
-                ghosts.append(len(order))
-                order.append(members[key][0])
+            dealt = members[key][device::devices]
+            missing = share - len(dealt)
+            ghosts += range(len(order) + len(dealt), len(order) + share)
+            order += dealt + [members[key][0]] * missing
     local = order[: len(order) // devices]
     runs = tuple(_runs([column[expert] for expert in local]) for column in columns)
     return ExpertPlan(tuple(order), runs, tuple(ghosts), devices)
 
 
-def _width(members: dict[tuple[int, ...], list[int]], devices: int) -> int:
-    raise NotImplementedError
+def bank_experts(
+    plan: ExpertPlan, projection: int, load: Callable[[int], QTensor], where: str = "experts"
+) -> ExpertBank:
+    """Stack one projection's experts into a bank.
+
+    NumPy leaves are copied one expert at a time into the stacked array, so that the peak is the
+    bank plus one expert.
+
+    Args:
+        plan: made by :func:`plan_experts` from the same weights.
+        projection: index of the projection in the plan.
+        load: gives the weight of an expert id; called once per bank position, in bank order.
+        where: module path for messages.
+    Raises:
+        PlanError: a loaded expert has another layout or shape than the rest of its run.
+    """
+    runs = plan.runs[projection]
+    parts = []
+    for run in runs:
+        positions = [
+            device * plan.local + local
+            for device in range(plan.devices)
+            for local in range(run.start, run.stop)
+        ]
+        parts.append(_stack([plan.order[p] for p in positions], load, where))
+    return ExpertBank(tuple(parts), runs)
+
+
+def _stack(experts: Sequence[int], load: Callable[[int], QTensor], where: str) -> QTensor:
+    first = load(experts[0])
+    leaves, structure = jax.tree.flatten(first)
+    expected, count = signature(first), len(experts)
+    on_host = all(isinstance(leaf, np.ndarray) for leaf in leaves)
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    stacked: list[Any] = [np.empty((count, *leaf.shape), leaf.dtype) for leaf in leaves * on_host]
+    columns: list[list[Any]] = [[] for _ in leaves]
+    for i, expert in enumerate(experts):
+        q = first if i == 0 else load(expert)
+        if signature(q) != expected:
+            problem = f"{where}.{expert}: {q!r} is not like the rest of its run, {first!r}"
+            raise PlanError(where, [problem])
+        for j, leaf in enumerate(jax.tree.leaves(q)):
+            if on_host:
+                stacked[j][i] = leaf
+            else:
+                columns[j].append(leaf)
+    if abstract:
+        stacked = [jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype) for leaf in leaves]
+    elif not on_host:
+        stacked = [jnp.stack(column) for column in columns]
+    return jax.tree.unflatten(structure, stacked)
+
+
+def expert_weight(bank: ExpertBank, plan: ExpertPlan, expert: int) -> QTensor:
+    """Return one expert's weight ``[out, in]`` by id."""
+    device, local = divmod(int(plan.positions[expert]), plan.local)
+    for run, part in zip(bank.runs, bank.parts, strict=True):
+        if run.start <= local < run.stop:
+            return index_lead(part, device * (run.stop - run.start) + local - run.start)
+    raise PlanError("experts", [f"expert {expert} stands in no run of {bank!r}"])

@@ -1,0 +1,141 @@
+"""One decoder for all families; attribute paths are the names checkpoints use."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxquant.models.config import ModelConfig
+from jaxquant.nn.attention import Attention, Entries, Step
+from jaxquant.nn.basic import MLP, Embedding, RMSNorm
+from jaxquant.nn.cache import Cache
+from jaxquant.nn.linear import Linear
+from jaxquant.nn.mla import LatentAttention
+from jaxquant.nn.moe import MoE
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and MLP (or experts), each behind a norm and beside a residual."""
+
+    def __init__(
+        self,
+        input_layernorm: RMSNorm,
+        self_attn: Attention | LatentAttention,
+        post_attention_layernorm: RMSNorm,
+        mlp: MLP | MoE,
+    ) -> None:
+        self.input_layernorm = input_layernorm
+        self.self_attn = self_attn
+        self.post_attention_layernorm = post_attention_layernorm
+        self.mlp = mlp
+
+    def __call__(
+        self, x: jax.Array, step: Step, cache: Entries | None
+    ) -> tuple[jax.Array, Entries | None]:
+        """``[batch, token, hidden]`` to the same and the layer's updated cache."""
+        mixed, cache = self.self_attn(self.input_layernorm(x), step, cache)
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class Decoder(nnx.Module):
+    """Embedding, layers, final norm."""
+
+    def __init__(
+        self,
+        embed_tokens: Embedding,
+        layers: list[DecoderLayer],
+        norm: RMSNorm,
+        config: ModelConfig,
+    ) -> None:
+        self.embed_tokens = embed_tokens
+        self.layers = nnx.List(layers)
+        self.norm = norm
+        self.config = config
+
+    def __call__(
+        self, input_ids: jax.Array, positions: jax.Array, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:
+        """``[batch, token]`` int32 to hidden states ``[batch, token, hidden]`` and the cache."""
+        x = self.embed_tokens(input_ids)
+        step = Step.at(self.config.rope, positions)
+        entries = []
+        for i, layer in enumerate(self.layers):
+            x, entry = layer(x, step, None if cache is None else cache.layers[i])
+            entries.append(entry)
+        return self.norm(x), None if cache is None else Cache(tuple(entries))
+
+
+class CausalLM(nnx.Module):
+    """A decoder with its output projection.
+
+    Attributes:
+        model: the decoder.
+        lm_head: output projection, None where it is tied to the embedding.
+        config: static.
+        dtype: compute dtype.
+        tokenizer: for prompts given as text, or None; see :mod:`jaxquant.tokenize`.
+    """
+
+    def __init__(
+        self, model: Decoder, lm_head: Linear | None, config: ModelConfig, dtype: Any
+    ) -> None:
+        self.model = model
+        self.lm_head = lm_head
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.tokenizer: Any = nnx.static(None)
+
+    def __call__(self, input_ids: jax.Array) -> jax.Array:
+        """Logits of every token; compiled once per shape.
+
+        Args:
+            input_ids: int32 ``[batch, token]``, right-padded where rows are shorter.
+        Returns:
+            float32 ``[batch, token, vocab]``.
+        """
+        graph, state = nnx.split(self)
+        return _logits(graph, state, jnp.asarray(input_ids, jnp.int32))
+
+    def empty_cache(self, batch: int, capacity: int) -> Cache:
+        """A cache for ``batch`` rows of up to ``capacity`` positions."""
+        layers = self.model.layers
+        return Cache(
+            tuple(layer.self_attn.empty_cache(batch, capacity, self.dtype) for layer in layers)
+        )
+
+    def step(
+        self,
+        input_ids: jax.Array,
+        positions: jax.Array,
+        cache: Cache | None,
+        last: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """One traced pass over new tokens: prefill or decode.
+
+        Rows may have different lengths: their tokens stand at their own positions, and padding
+        after a row's end is neither seen by its tokens nor kept once later tokens are written.
+
+        Args:
+            input_ids: int32 ``[batch, token]``.
+            positions: int32 ``[batch, token]``.
+            cache: earlier positions, updated; None for a pass that stands alone.
+            last: ``[batch]`` the one token of each row whose logits are wanted; None for all.
+        Returns:
+            float32 ``[batch, token, vocab]`` (``[batch, vocab]`` with ``last``), and the cache.
+        """
+        hidden, cache = self.model(input_ids, positions, cache)
+        if last is not None:
+            hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+        head = self.model.embed_tokens.attend if self.lm_head is None else self.lm_head
+        return head(hidden).astype(jnp.float32), cache
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(graph: nnx.GraphDef[CausalLM], state: nnx.State, input_ids: jax.Array) -> jax.Array:
+    positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
+    return nnx.merge(graph, state).step(input_ids, positions, None)[0]

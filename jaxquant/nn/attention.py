@@ -1,0 +1,178 @@
+"""Grouped-query attention with rotary positions and a functional key-value cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from jaxquant.arrays.qtensor import QTensor
+from jaxquant.nn.basic import RMSNorm
+from jaxquant.nn.cache import empty_entry, read, write
+from jaxquant.nn.linear import Buffer, Linear
+from jaxquant.nn.rope import Rope, rotate, rotation
+
+MASKED = -1e30
+
+Entries = tuple[QTensor, QTensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What every layer of one forward pass shares.
+
+    Attributes:
+        positions: int32 ``[batch, token]``.
+        cos: ``[batch, token, 1, dim / 2]`` of the rotary embedding.
+        sin: same.
+    """
+
+    positions: jax.Array
+    cos: jax.Array
+    sin: jax.Array
+
+    @classmethod
+    def at(cls, rope: Rope, positions: jax.Array) -> Step:
+        """A step whose tokens stand at ``positions``."""
+        return cls(positions, *rotation(rope, positions))
+
+    def mask(self, capacity: int | None, window: int | None) -> jax.Array:
+        """Which keys each token sees: bool ``[batch, token, key]``.
+
+        Args:
+            capacity: keys are rows ``0 .. capacity`` of a cache; None: the step's own tokens.
+            window: a token sees only so many positions, itself included; None sees all.
+        """
+        query = self.positions[:, :, None]
+        if capacity is None:
+            key = self.positions[:, None, :]
+        else:
+            key = jnp.arange(capacity, dtype=query.dtype)[None, None, :]
+        visible = key <= query
+        return visible if window is None else visible & (key > query - window)
+
+
+def einsum(spec: str, *operands: jax.Array) -> jax.Array:
+    """Contract with float32 accumulation and result; float32 operands at full precision."""
+    exact = any(x.dtype == jnp.float32 for x in operands)
+    precision = lax.Precision.HIGHEST if exact else None
+    return jnp.einsum(spec, *operands, precision=precision, preferred_element_type=jnp.float32)
+
+
+def probabilities(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax over the last axis of float32 ``[batch, ..., token, key]`` under ``mask``."""
+    shape = (mask.shape[0], *(1,) * (scores.ndim - 3), *mask.shape[1:])
+    return jax.nn.softmax(jnp.where(mask.reshape(shape), scores, MASKED), axis=-1)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float) -> jax.Array:
+    """Attention where groups of query heads share a key-value head.
+
+    Args:
+        q: ``[batch, token, heads, dim]``.
+        k: ``[batch, key, kv_heads, dim]``.
+        v: ``[batch, key, kv_heads, value_dim]``.
+        mask: bool ``[batch, token, key]``.
+        scale: factor of the scores.
+    Returns:
+        ``[batch, token, heads, value_dim]`` in the dtype of ``q``.
+    """
+    batch, token, heads, dim = q.shape
+    grouped = q.reshape(batch, token, k.shape[2], heads // k.shape[2], dim)
+    weights = probabilities(einsum("btkgd,bskd->bkgts", grouped, k) * scale, mask)
+    mixed = einsum("bkgts,bskd->btkgd", weights.astype(v.dtype), v)
+    return mixed.reshape(batch, token, heads, v.shape[-1]).astype(q.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """Static shape of an attention layer.
+
+    Attributes:
+        query: query heads.
+        kv: key-value heads.
+        dim: features of a head.
+        window: sliding window in positions, or None.
+    """
+
+    query: int
+    kv: int
+    dim: int
+    window: int | None = None
+
+
+class Attention(nnx.Module):
+    """Self-attention of Llama, Mistral, Qwen2, Qwen3, Mixtral and Qwen3-MoE.
+
+    Attributes:
+        q_proj, k_proj, v_proj, o_proj: projections, biases where the family has them.
+        q_norm, k_norm: per-head RMSNorm before the rotation (Qwen3), or None.
+        k_scale, v_scale: scales of an fp8 key-value cache, one or one per head; or None.
+        heads: static shape.
+        rope: static rotary embedding.
+    """
+
+    def __init__(
+        self,
+        projections: tuple[Linear, Linear, Linear, Linear],
+        heads: Heads,
+        rope: Rope,
+        norms: tuple[RMSNorm, RMSNorm] | None = None,
+        scales: tuple[Any, Any] | None = None,
+    ) -> None:
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = projections
+        self.q_norm, self.k_norm = norms if norms is not None else (None, None)
+        self.k_scale = None if scales is None else Buffer(scales[0])
+        self.v_scale = None if scales is None else Buffer(scales[1])
+        self.heads = heads
+        self.rope = rope
+
+    def empty_cache(self, batch: int, capacity: int, dtype: Any) -> Entries:
+        """Empty keys and values for ``capacity`` positions."""
+        k_scale, v_scale = (
+            None if scale is None else scale.get_value().reshape(-1)
+            for scale in (self.k_scale, self.v_scale)
+        )
+        kv, dim = self.heads.kv, self.heads.dim
+        return (
+            empty_entry(batch, capacity, kv, dim, dtype, k_scale),
+            empty_entry(batch, capacity, kv, dim, dtype, v_scale),
+        )
+
+    def __call__(
+        self, x: jax.Array, step: Step, cache: Entries | None = None
+    ) -> tuple[jax.Array, Entries | None]:
+        """Attend to the step's own tokens, or to the cache after writing them into it.
+
+        Args:
+            x: ``[batch, token, hidden]``.
+            step: positions and rotation.
+            cache: this layer's entries, or None.
+        Returns:
+            ``[batch, token, hidden]`` and the updated entries.
+        """
+        batch, token, _ = x.shape
+        q = self.q_proj(x).reshape(batch, token, self.heads.query, self.heads.dim)
+        k = self.k_proj(x).reshape(batch, token, self.heads.kv, self.heads.dim)
+        v = self.v_proj(x).reshape(batch, token, self.heads.kv, self.heads.dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = rotate(self.rope, q, step.cos, step.sin)
+        k = rotate(self.rope, k, step.cos, step.sin)
+        capacity = None
+        if cache is None and self.k_scale is not None:
+            # Without a cache, keys and values still pass through its codes: same result either way.
+            rows = jnp.broadcast_to(jnp.arange(token, dtype=jnp.int32), (batch, token))
+            keys, values = self.empty_cache(batch, token, x.dtype)
+            k, v = read(write(keys, k, rows), x.dtype), read(write(values, v, rows), x.dtype)
+        elif cache is not None:
+            cache = write(cache[0], k, step.positions), write(cache[1], v, step.positions)
+            capacity = cache[0].extent("token")
+            k, v = read(cache[0], x.dtype), read(cache[1], x.dtype)
+        mask = step.mask(capacity, self.heads.window)
+        mixed = attend(q, k, v, mask, self.heads.dim**-0.5)
+        return self.o_proj(mixed.reshape(batch, token, -1)), cache

@@ -1,0 +1,50 @@
+"""Linear layers over quantized weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxquant import ops
+from jaxquant.arrays.qtensor import QTensor
+from jaxquant.errors import LayoutError
+
+
+class QWeight(nnx.Variable[Any]):
+    """A Variable that holds a QTensor or an ExpertBank.
+
+    It is no ``nnx.Param``: ``nnx.grad`` and optimisers skip integer codes.
+    """
+
+
+class Buffer(nnx.Variable[Any]):
+    """An array of a checkpoint that is no parameter: cache scales, router corrections."""
+
+
+class Linear(nnx.Module):
+    """``y = x W^T + b`` with a weight in any layout.
+
+    Attributes:
+        weight: QTensor with axes ``("out", "in")``.
+        bias: ``[out]`` or None.
+        dtype: what inputs are cast to first; None keeps them as they are.
+    """
+
+    def __init__(self, weight: QTensor, bias: Any = None, dtype: Any = None) -> None:
+        if sorted(weight.axes) != ["in", "out"] or weight.lead:
+            raise LayoutError("Linear", f"a weight {weight!r}", "axes 'out' and 'in', nothing else")
+        if bias is not None and tuple(bias.shape) != (weight.extent("out"),):
+            expected = f"one entry for each of {weight.extent('out')} outputs"
+            raise LayoutError("Linear", f"a bias of shape {tuple(bias.shape)}", expected)
+        self.weight = QWeight(weight)
+        self.bias = None if bias is None else nnx.Param(bias)
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[..., in] -> [..., out]`` in the dtype of ``x`` (or ``self.dtype``)."""
+        if self.dtype is not None:
+            x = x.astype(self.dtype)
+        y = ops.matmul(x, self.weight.get_value())
+        return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)

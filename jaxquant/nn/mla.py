@@ -1,0 +1,162 @@
+"""Multi-head latent attention of DeepSeek-V2 and V3, plain and absorbed.
+
+Keys and values of all heads are linear in one compressed latent per token, and only that latent and
+one shared rotary key are cached.  The *plain* form expands the latent to every head's keys and
+values.  The *absorbed* form moves the expansion to the other side: queries are mapped into latent
+space, attention runs over the latents themselves, and mixed latents are expanded to values.  Both
+are equal; the absorbed one reads far less per cached position, the plain one computes less per new
+token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxquant.nn.attention import Entries, Step, attend, einsum, probabilities
+from jaxquant.nn.basic import RMSNorm
+from jaxquant.nn.cache import empty_entry, read, write
+from jaxquant.nn.linear import Linear
+from jaxquant.nn.rope import Rope, rotate
+from jaxquant.transforms.numeric import dequantize
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentHeads:
+    """Static shape of a latent attention layer.
+
+    Attributes:
+        heads: query heads.
+        nope: features of a head without position.
+        rope: rotated features of a head.
+        value: features of a head's values.
+        latent: width of the compressed latent.
+        scale: factor of the scores.
+    """
+
+    heads: int
+    nope: int
+    rope: int
+    value: int
+    latent: int
+    scale: float
+
+
+class LatentAttention(nnx.Module):
+    """Self-attention of DeepSeek-V2 and V3.
+
+    Attributes:
+        q_proj: queries, or None where they too are compressed by
+        q_a_proj, q_a_layernorm, q_b_proj.
+        kv_a_proj_with_mqa, kv_a_layernorm: hidden to latent and rotary key.
+        kv_b_proj: latent to every head's keys and values, ``[heads * (nope + value), latent]``.
+        o_proj: output projection.
+        heads: static shape.
+        rope: static rotary embedding.
+    """
+
+    def __init__(
+        self,
+        query: Linear | tuple[Linear, RMSNorm, Linear],
+        latent: tuple[Linear, RMSNorm, Linear],
+        o_proj: Linear,
+        heads: LatentHeads,
+        rope: Rope,
+    ) -> None:
+        compressed = isinstance(query, tuple)
+        self.q_proj = None if compressed else query
+        self.q_a_proj, self.q_a_layernorm, self.q_b_proj = query if compressed else (None,) * 3
+        self.kv_a_proj_with_mqa, self.kv_a_layernorm, self.kv_b_proj = latent
+        self.o_proj = o_proj
+        self.heads = heads
+        self.rope = rope
+
+    def empty_cache(self, batch: int, capacity: int, dtype: Any) -> Entries:
+        """Empty latents and rotary keys for ``capacity`` positions."""
+        return (
+            empty_entry(batch, capacity, 1, self.heads.latent, dtype),
+            empty_entry(batch, capacity, 1, self.heads.rope, dtype),
+        )
+
+    def __call__(
+        self,
+        x: jax.Array,
+        step: Step,
+        cache: Entries | None = None,
+        absorbed: bool | None = None,
+    ) -> tuple[jax.Array, Entries | None]:
+        """Attend to the step's own tokens, or to the cache after writing them into it.
+
+        Args:
+            x: ``[batch, token, hidden]``.
+            step: positions and rotation.
+            cache: this layer's entries, or None.
+            absorbed: which form to compute; by default the absorbed one for single cached tokens.
+        Returns:
+            ``[batch, token, hidden]`` and the updated entries.
+        """
+        batch, token, _ = x.shape
+        q_nope, q_rope = self._queries(x, step)
+        latent, k_rope = jnp.split(self.kv_a_proj_with_mqa(x), [self.heads.latent], axis=-1)
+        latent = self.kv_a_layernorm(latent)[:, :, None]
+        k_rope = rotate(self.rope, k_rope[:, :, None], step.cos, step.sin)
+        capacity = None
+        if cache is not None:
+            cache = write(cache[0], latent, step.positions), write(cache[1], k_rope, step.positions)
+            capacity = cache[0].extent("token")
+            latent, k_rope = read(cache[0], x.dtype), read(cache[1], x.dtype)
+        mask = step.mask(capacity, None)
+        if absorbed is None:
+            absorbed = cache is not None and token == 1
+        form = self._absorbed if absorbed else self._plain
+        mixed = form(q_nope, q_rope, latent[:, :, 0], k_rope, mask)
+        return self.o_proj(mixed.reshape(batch, token, -1)), cache
+
+    def _queries(self, x: jax.Array, step: Step) -> tuple[jax.Array, jax.Array]:
+        if self.q_proj is not None:
+            q = self.q_proj(x)
+        else:
+            assert self.q_a_proj and self.q_a_layernorm and self.q_b_proj
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = q.reshape(*x.shape[:2], self.heads.heads, self.heads.nope + self.heads.rope)
+        q_nope, q_rope = jnp.split(q, [self.heads.nope], axis=-1)
+        return q_nope, rotate(self.rope, q_rope, step.cos, step.sin)
+
+    def _plain(
+        self,
+        q_nope: jax.Array,
+        q_rope: jax.Array,
+        latent: jax.Array,
+        k_rope: jax.Array,
+        mask: jax.Array,
+    ) -> jax.Array:
+        h = self.heads
+        expanded = self.kv_b_proj(latent).reshape(*latent.shape[:2], h.heads, h.nope + h.value)
+        k_nope, v = jnp.split(expanded, [h.nope], axis=-1)
+        shared = jnp.broadcast_to(k_rope, (*k_nope.shape[:3], h.rope))
+        q, k = jnp.concatenate([q_nope, q_rope], -1), jnp.concatenate([k_nope, shared], -1)
+        return attend(q, k, v, mask, h.scale)
+
+    def _absorbed(
+        self,
+        q_nope: jax.Array,
+        q_rope: jax.Array,
+        latent: jax.Array,
+        k_rope: jax.Array,
+        mask: jax.Array,
+    ) -> jax.Array:
+        h, dtype = self.heads, q_nope.dtype
+        # Half of this weight is contracted along its outputs, where its scales do not follow; the
+        # dense copy lives only inside the jitted program.
+        weight = dequantize(self.kv_b_proj.weight.get_value(), dtype, axes=("out", "in"))
+        to_key, to_value = jnp.split(weight.reshape(h.heads, -1, h.latent), [h.nope], axis=1)
+        q_latent = einsum("bthn,hnl->bthl", q_nope, to_key).astype(dtype)
+        scores = einsum("bthl,bsl->bhts", q_latent, latent)
+        scores += einsum("bthr,bsr->bhts", q_rope, k_rope[:, :, 0])
+        weights = probabilities(scores * h.scale, mask).astype(dtype)
+        mixed = einsum("bhts,bsl->bthl", weights, latent).astype(dtype)
+        return einsum("bthl,hvl->bthv", mixed, to_value).astype(dtype)
