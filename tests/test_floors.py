@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 THIRD_PARTY = {
-    "pallas_kernels": {"jax", "numpy"},
+    "pallas_kernels": {"jax", "jaxlib", "numpy"},
     "errors": set(),
     "configs": set(),
     "arrays": {"jax", "numpy", "ml_dtypes"},
@@ -81,7 +81,9 @@ def test_visibility_mirrors_the_dependencies():
     for name, target in TARGETS.items():
         for dep in target["deps"]:
             visible = TARGETS[dep]["visibility"]
-            assert f":{name}" in visible or "//visibility:public" in visible, f"{dep} hides from {name}"
+            assert f":{name}" in visible or "//visibility:public" in visible, (
+                f"{dep} hides from {name}"
+            )
 
 
 def test_only_ops_reaches_the_kernels():

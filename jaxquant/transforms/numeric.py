@@ -124,8 +124,9 @@ def encode_values(values: jax.Array, code: Code) -> jax.Array:
 def power_of_two_scale(amax: jax.Array, code: Code) -> jax.Array:
     """OCP microscaling exponent of a block as an f32 power of two: 2**(floor(log2 amax) - emax)."""
     emax = {"e2m1": 2, "e4m3": 8, "e5m2": 15}[code.name]
+    # 2**-127 is subnormal in float32 and devices flush it to zero.
     _, exponent = jnp.frexp(jnp.maximum(amax, 2.0**-126))
-    return jnp.ldexp(jnp.float32(1), jnp.clip(exponent - 1 - emax, -127, 127))
+    return jnp.ldexp(jnp.float32(1), jnp.clip(exponent - 1 - emax, -126, 127))
 
 
 def quantize(w: Any, scheme: Scheme | str, axes: Sequence[str] = ("in", "out")) -> QTensor:

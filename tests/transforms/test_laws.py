@@ -38,7 +38,7 @@ OUT_IN = ("out", "in")
 
 
 def two_level(shape, code, inner, group, outer, affine="symmetric"):
-    """A layout with two scale leaves (and offsets), filled with random codes: QServe, NVFP4, K-quants."""
+    """Two scale leaves (and offsets) with random codes: QServe, NVFP4, K-quants."""
     rng = np.random.default_rng(0)
     out, inn = shape
     grids = packed_grids(CODES[code], OUT_IN, "in", inn)
@@ -68,10 +68,25 @@ def random_quantized(scheme, shape):
 BUILDERS = {
     **{
         name: lambda shape, name=name: random_quantized(name, shape)
-        for name in (
-            "bf16 fp8_tensor fp8 fp8_b128 w8a8 w8a8_b128 w4a16_g64 w4a16_g128_asym w4a16 w2a16_g64 "
-            "w3a16_g64 w5a16_g128_asym w6a16_g64 w7a16 nvfp4 mxfp4 mxfp8"
-        ).split()
+        for name in [
+            "bf16",
+            "fp8_tensor",
+            "fp8",
+            "fp8_b128",
+            "w8a8",
+            "w8a8_b128",
+            "w4a16_g64",
+            "w4a16_g128_asym",
+            "w4a16",
+            "w2a16_g64",
+            "w3a16_g64",
+            "w5a16_g128_asym",
+            "w6a16_g64",
+            "w7a16",
+            "nvfp4",
+            "mxfp4",
+            "mxfp8",
+        ]
     },
     "qserve": lambda shape: two_level(shape, "uint4", np.int8, 128, 0, "offset"),
     "q4_k": lambda shape: two_level(shape, "uint4", np.uint8, 32, 128, "offset"),

@@ -1,0 +1,247 @@
+"""The mixed-precision plan: a YAML file that picks each weight's precision and where it comes from.
+
+::
+
+    mixed_precision:
+      base_model_path: DIR        # everything that is not mapped; fp16_path serves too
+      fp8_path: DIR               # also fp16_path, int8_path, int4_path, gptq_int4_path, awq_int4_path
+      weight_mapping:
+        "model.layers.0.self_attn.q_proj.weight": "fp8"
+        "model.layers.*.mlp.experts.0.w13_weight": "gptq_int4"
+        "re:model\\.layers\\.\\d+\\.mlp\\.experts\\.[1-3]\\.w2_weight": "w4a16_g32"
+
+``w13_weight`` is an expert's gate_proj and up_proj, ``w2_weight`` its down_proj.  Keys are names,
+globs or ``re:`` patterns; an exact name beats any pattern, a pattern with more literal characters
+beats one with fewer, and a tie between different precisions is an error.  A precision is a source
+(``fp8``) or a scheme (``w4a16_g32``), which quantizes the base's weight here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxquant.arrays.scheme import Scheme
+from jaxquant.errors import ConfigError, PlanError
+
+PRECISIONS = ("fp16", "fp8", "int8", "int4", "gptq_int4", "awq_int4")
+BASE = "base"
+MAX_PLAN_BYTES = 64 << 20
+MAX_PATTERN = 512
+
+_EXPERT = re.compile(r"^(?P<prefix>.*\.experts\.)(?P<index>\d+)\.(?P<projection>[^.]+)$")
+_W13, _W2 = ("gate_proj", "up_proj", "w1", "w3"), ("down_proj", "w2")
+# A repeated group that itself repeats something can take exponential time to fail.
+_NESTED_REPEAT = re.compile(r"\((?:[^()\\]|\\.)*[+*}](?:[^()\\]|\\.)*\)\s*[+*{]")
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionPlan:
+    """A validated plan file.
+
+    Attributes:
+        file: the YAML file, for messages.
+        sources: precision (or "base") -> checkpoint path.
+        mapping: pattern -> precision or scheme, in file order.
+    """
+
+    file: str
+    sources: Mapping[str, Path]
+    mapping: Mapping[str, str]
+
+    def scheme(self, precision: str) -> Scheme | None:
+        """The scheme a precision stands for, None where it is a source."""
+        return None if precision in self.sources else Scheme.parse(precision)
+
+
+class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """Safe loading that refuses duplicate keys."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if not isinstance(key, str) or key in seen:
+                problem = f"key {key!r} is repeated or no string"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_plan(path: str | Path) -> PrecisionPlan:
+    """Read and validate a plan file.
+
+    Relative source directories are relative to the plan file.
+
+    Raises:
+        ConfigError: not YAML, aliases, duplicate or unknown keys, a precision without a source that
+            is no scheme either, a pattern that is not a safe regular expression, no base.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    where = str(path)
+    if path.stat().st_size > MAX_PLAN_BYTES:
+        raise ConfigError(
+            where, f"{path.stat().st_size} bytes", f"a plan has at most {MAX_PLAN_BYTES}"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+        # Aliases can expand without bound; a plan has no use for them.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, _StrictLoader)):
+            raise ConfigError(where, "YAML aliases", "aliases are not allowed", "write names out")
+        document = yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        found = " ".join(str(error).split())
+        raise ConfigError(
+            where, f"not a valid plan: {found}", action="see the example in the README"
+        ) from None
+    body = document.get("mixed_precision") if isinstance(document, dict) else None
+    if not isinstance(body, dict) or set(document) != {"mixed_precision"}:
+        raise ConfigError(
+            where, "no mixed_precision mapping at the top", "it is the only top-level key"
+        )
+    return _validate(where, path.parent, body)
+
+
+def _validate(where: str, root: Path, body: Mapping[str, Any]) -> PrecisionPlan:
+    path_keys = {f"{name}_path": name for name in PRECISIONS} | {"base_model_path": BASE}
+    unknown = sorted(set(body) - set(path_keys) - {"weight_mapping"})
+    if unknown:
+        raise ConfigError(
+            where, f"unknown keys {unknown}", f"known: {sorted([*path_keys, 'weight_mapping'])}"
+        )
+    sources = {}
+    for key, name in path_keys.items():
+        if key in body:
+            if not isinstance(body[key], str):
+                raise ConfigError(where, f"{key}: {body[key]!r}", "a directory name is needed")
+            sources[name] = root / body[key]
+    if BASE not in sources:
+        if "fp16" not in sources:
+            raise ConfigError(
+                where, "neither base_model_path nor fp16_path", "unmapped weights need a source"
+            )
+        sources[BASE] = sources["fp16"]
+    mapping = body.get("weight_mapping")
+    if not isinstance(mapping, dict) or not mapping:
+        raise ConfigError(
+            where, "weight_mapping is missing or empty", "it maps names to precisions"
+        )
+    for pattern, precision in mapping.items():
+        if not isinstance(precision, str):
+            raise ConfigError(where, f"{pattern}: {precision!r}", "a precision's name is a string")
+        if precision not in sources or precision == BASE:
+            if precision in PRECISIONS:
+                raise ConfigError(where, f"{pattern}: {precision}", f"{precision}_path is not set")
+            try:
+                Scheme.parse(precision)
+            except ConfigError as error:
+                known = f"a precision is one of {', '.join(PRECISIONS)} or a scheme"
+                raise ConfigError(where, f"{pattern}: {error.found}", known, error.action) from None
+        _compile(where, pattern)
+    return PrecisionPlan(where, sources, dict(mapping))
+
+
+def _compile(where: str, pattern: str) -> re.Pattern[str] | None:
+    """The regular expression of a pattern, None for an exact name."""
+    if len(pattern) > MAX_PATTERN:
+        raise ConfigError(
+            where, f"a pattern of {len(pattern)} characters", f"at most {MAX_PATTERN}"
+        )
+    if pattern.startswith("re:"):
+        text = pattern[3:]
+        if _NESTED_REPEAT.search(text):
+            raise ConfigError(
+                where, f"{pattern}", "a repeated group must not repeat inside", "simplify it"
+            )
+        try:
+            return re.compile(text)
+        except re.error as error:
+            raise ConfigError(where, f"{pattern}: {error}", "not a regular expression") from None
+    if any(sign in pattern for sign in "*?["):
+        return re.compile(fnmatch.translate(pattern))
+    return None
+
+
+def _literals(pattern: str) -> int:
+    """Literal characters of a pattern: how specific it is."""
+    text = re.sub(r"\\[dwsDWSbB]|\[[^\]]*\]|[*?+.^$(){}|\\]", "", pattern.removeprefix("re:"))
+    return len(text)
+
+
+def target_names(module: str) -> tuple[str, ...]:
+    """The names that a mapping key may use for the weight of a module."""
+    names = (f"{module}.weight",)
+    found = _EXPERT.match(module)
+    if found:
+        fused = "w13_weight" if found["projection"] in _W13 else "w2_weight"
+        if found["projection"] in (*_W13, *_W2):
+            names += (f"{found['prefix']}{found['index']}.{fused}",)
+    return names
+
+
+def resolve(plan: PrecisionPlan, modules: Iterable[str]) -> dict[str, str]:
+    """Give every module its precision; modules that nothing maps get "base".
+
+    Raises:
+        PlanError: listing every key that matches no weight and every tie.
+    """
+    exact = {p: v for p, v in plan.mapping.items() if _compile(plan.file, p) is None}
+    patterns = [
+        (pattern, expression, _literals(pattern), precision)
+        for pattern, precision in plan.mapping.items()
+        if (expression := _compile(plan.file, pattern)) is not None
+    ]
+    modules = list(modules)
+    used: set[str] = set()
+    problems: list[str] = []
+    chosen: dict[str, str] = {}
+    for module in modules:
+        names = target_names(module)
+        hits = [(1 << 30, name, exact[name]) for name in names if name in exact]
+        hits += [
+            (literals, pattern, precision)
+            for pattern, expression, literals, precision in patterns
+            if any(expression.fullmatch(name) for name in names)
+        ]
+        used.update(pattern for _, pattern, _ in hits)
+        if not hits:
+            chosen[module] = BASE
+            continue
+        best = max(literals for literals, _, _ in hits)
+        winners = {
+            (pattern, precision) for literals, pattern, precision in hits if literals == best
+        }
+        if len({precision for _, precision in winners}) > 1:
+            shown = ", ".join(f"{p!r} -> {v}" for p, v in sorted(winners))
+            problems.append(f"{module}: equally specific keys disagree ({shown})")
+        chosen[module] = next(precision for _, precision in sorted(winners))
+    for pattern in plan.mapping:
+        if pattern not in used:
+            problems.append(_unused(pattern, modules))
+    if problems:
+        raise PlanError(plan.file, problems, "correct the plan's weight_mapping")
+    return chosen
+
+
+def _unused(pattern: str, modules: Iterable[str]) -> str:
+    """Why a key matched nothing, as far as the names tell."""
+    found = re.match(r"^(?P<prefix>.*\.experts\.)(?P<index>\d+)\.", pattern)
+    if found:
+        indices = sorted(
+            {
+                int(m["index"])
+                for name in modules
+                if (m := _EXPERT.match(name)) and m["prefix"] == found["prefix"]
+            }
+        )
+        if indices and int(found["index"]) not in indices:
+            have = f"experts {indices[0]} to {indices[-1]}"
+            return f"{pattern}: there is no expert {found['index']} (the layer has {have})"
+    return f"{pattern}: matches no weight of the base checkpoint"

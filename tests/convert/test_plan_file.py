@@ -1,0 +1,121 @@
+"""The mixed-precision plan: resolution, strictness, hostile YAML."""
+
+import time
+
+import pytest
+
+from jaxquant.convert.plan_file import read_plan, resolve, target_names
+from jaxquant.errors import ConfigError, PlanError
+
+MODULES = [
+    f"model.layers.{layer}.{name}"
+    for layer in range(2)
+    for name in (
+        *(f"self_attn.{p}_proj" for p in "qkvo"),
+        *(f"mlp.experts.{e}.{p}_proj" for e in range(4) for p in ("gate", "up", "down")),
+    )
+]
+
+
+def plan_of(
+    tmp_path, mapping, sources="base_model_path: base\n  fp8_path: eight\n  gptq_int4_path: four"
+):
+    lines = "\n".join(f'    "{k}": "{v}"' for k, v in mapping.items())
+    text = f"mixed_precision:\n  {sources}\n  weight_mapping:\n{lines}\n"
+    file = tmp_path / "plan.yaml"
+    file.write_text(text)
+    return read_plan(file)
+
+
+def test_the_most_specific_key_wins(tmp_path):
+    mapping = {
+        "model.layers.*.mlp.experts.*": "fp8",
+        "model.layers.0.mlp.experts.*": "gptq_int4",
+        "model.layers.0.mlp.experts.2.w2_weight": "w4a16_g32",
+        "re:model.layers.1.self_attn.[qk]_proj.weight": "fp8",
+    }
+    chosen = resolve(plan_of(tmp_path, mapping), MODULES)
+    assert chosen["model.layers.1.mlp.experts.0.up_proj"] == "fp8"
+    assert chosen["model.layers.0.mlp.experts.0.up_proj"] == "gptq_int4"
+    assert chosen["model.layers.0.mlp.experts.2.down_proj"] == "w4a16_g32"
+    assert chosen["model.layers.0.mlp.experts.2.gate_proj"] == "gptq_int4"
+    assert chosen["model.layers.1.self_attn.k_proj"] == "fp8"
+    assert chosen["model.layers.0.self_attn.q_proj"] == "base"
+    assert set(chosen) == set(MODULES)
+
+
+def test_w13_means_gate_and_up():
+    assert target_names("a.experts.3.gate_proj") == (
+        "a.experts.3.gate_proj.weight",
+        "a.experts.3.w13_weight",
+    )
+    assert target_names("a.experts.3.w3")[1] == "a.experts.3.w13_weight"
+    assert target_names("a.experts.3.w2")[1] == "a.experts.3.w2_weight"
+    assert target_names("a.q_proj") == ("a.q_proj.weight",)
+
+
+def test_all_problems_come_together(tmp_path):
+    mapping = {
+        "model.layers.0.mlp.experts.9.w2_weight": "fp8",
+        "model.layers.7.self_attn.q_proj.weight": "fp8",
+        "model.layers.0.self_attn.?_proj.weight": "fp8",
+        "model.layers.0.self_attn.q*proj.weight": "gptq_int4",
+    }
+    with pytest.raises(PlanError) as caught:
+        resolve(plan_of(tmp_path, mapping), MODULES)
+    text = "\n".join(caught.value.problems)
+    assert "no expert 9" in text and "0 to 3" in text
+    assert "layers.7" in text and "matches no weight" in text
+    assert "equally specific" in text and len(caught.value.problems) == 3
+
+
+@pytest.mark.parametrize(
+    "text,found",
+    [
+        ("[1, 2]", "no mixed_precision"),
+        (
+            "mixed_precision: {base_model_path: a, weight_mapping: {x: fp8}, seed: 1}",
+            "unknown keys",
+        ),
+        ("mixed_precision: {weight_mapping: {x: bf16}}", "neither base_model_path"),
+        ("mixed_precision: {base_model_path: a}", "weight_mapping is missing"),
+        ("mixed_precision: {base_model_path: a, weight_mapping: {x: fp8}}", "fp8"),
+        ("mixed_precision: {base_model_path: a, weight_mapping: {x: w4a17}}", "w4a17"),
+        ("mixed_precision: {base_model_path: a, weight_mapping: {x: 8}}", "8"),
+        ("mixed_precision: {base_model_path: 3, weight_mapping: {x: bf16}}", "base_model_path"),
+        ("mixed_precision: {base_model_path: a, weight_mapping: {'re:(': bf16}}", "re:("),
+        ("mixed_precision: {base_model_path: a, weight_mapping: {'re:(a+)+b': bf16}}", "(a+)+b"),
+        ("mixed_precision: {base_model_path: a, base_model_path: b}", "repeated"),
+        ("a: &x [1]\nmixed_precision: *x", "aliases"),
+        ("mixed_precision: !!python/object/apply:os.system ['true']", "could not determine"),
+        ("mixed_precision: {", "not a valid plan"),
+        ("mixed_precision: " + "[" * 5000, "not a valid plan"),
+        ("base_model_path: a\nmixed_precision: {}", "no mixed_precision mapping at the top"),
+    ],
+)
+def test_bad_plans_give_one_clear_error(tmp_path, text, found):
+    file = tmp_path / "plan.yaml"
+    file.write_text(text)
+    started = time.monotonic()
+    with pytest.raises(ConfigError) as caught:
+        read_plan(file)
+    assert caught.value.where == str(file) and found in str(caught.value)
+    assert time.monotonic() - started < 1
+
+
+def test_a_plan_for_235b_resolves_quickly(tmp_path):
+    names = [
+        f"model.layers.{layer}.mlp.experts.{e}.{p}_proj"
+        for layer in range(94)
+        for e in range(128)
+        for p in ("gate", "up", "down")
+    ]
+    mapping = {
+        f"model.layers.{i}.mlp.experts.{e}.w13_weight": "fp8" for i in range(94) for e in range(64)
+    }
+    mapping |= {f"model.layers.*.mlp.experts.{e}.w2_weight": "gptq_int4" for e in range(40)}
+    started = time.monotonic()
+    chosen = resolve(plan_of(tmp_path, mapping), names)
+    assert time.monotonic() - started < 10
+    assert sum(v == "fp8" for v in chosen.values()) == 94 * 64 * 2
+    assert sum(v == "gptq_int4" for v in chosen.values()) == 94 * 40
