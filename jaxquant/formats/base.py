@@ -17,10 +17,60 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+import ml_dtypes
 import numpy as np
 
-from jaxquant.arrays.layout import Layout
+from jaxquant.arrays.codes import Code
+from jaxquant.arrays.layout import WHOLE, Affine, Grid, Layout, cells, packed_grids
 from jaxquant.arrays.qtensor import QTensor
+from jaxquant.arrays.scheme import ActSpec
+from jaxquant.errors import FormatError
+
+AXES = ("out", "in")
+TENSOR: Grid = (WHOLE, WHOLE)
+CHANNEL: Grid = (1, WHOLE)
+
+DTYPES: dict[str, tuple[str, int]] = {
+    "BOOL": ("bool", 8),
+    "U8": ("uint8", 8),
+    "I8": ("int8", 8),
+    "F8_E5M2": ("float8_e5m2", 8),
+    "F8_E4M3": ("float8_e4m3fn", 8),
+    "F8_E8M0": ("float8_e8m0fnu", 8),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 8),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 8),
+    "I16": ("int16", 16),
+    "U16": ("uint16", 16),
+    "F16": ("float16", 16),
+    "BF16": ("bfloat16", 16),
+    "I32": ("int32", 32),
+    "U32": ("uint32", 32),
+    "F32": ("float32", 32),
+    "I64": ("int64", 64),
+    "U64": ("uint64", 64),
+    "F64": ("float64", 64),
+    "C64": ("complex64", 64),
+    "F4": ("uint8", 4),
+    "F6_E2M3": ("uint8", 6),
+    "F6_E3M2": ("uint8", 6),
+}
+"""safetensors dtype: NumPy dtype name and bits of an element; F4 and F6 are read as packed bytes."""
+
+DENSE_DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+SCALE_DTYPES = ("F32", "BF16", "F16")
+EXPONENT_DTYPES = ("F8_E8M0", "U8")
+FP8_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+
+
+class FormatWarning(UserWarning):
+    """A checkpoint is readable but says something odd about itself."""
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """NumPy dtype of a safetensors dtype string."""
+    numpy_name = DTYPES[name][0]
+    return np.dtype(getattr(ml_dtypes, numpy_name, numpy_name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +91,73 @@ class RawTensor:
     file: str
     read: Callable[[], np.ndarray] = dataclasses.field(repr=False, compare=False)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return int(np.prod(self.shape, dtype=np.int64)) * DTYPES[self.dtype][1] // 8
+
+    def error(self, found: str, rule: str = "", action: str = "") -> FormatError:
+        """An error about this tensor."""
+        return FormatError(f"{self.file}: {self.name}", found, rule, action)
+
+    def pick(self, label: str, index: Any, transpose: bool = False) -> RawTensor:
+        """One entry of a stacked tensor as a tensor of its own, still unread.
+
+        Args:
+            label: what to append to the name, for messages.
+            index: index into the array as it is on disk.
+            transpose: swap the two trailing axes afterwards.
+        """
+
+        def cut(array: np.ndarray) -> np.ndarray:
+            part = array[index]
+            return part.swapaxes(-1, -2) if transpose else part
+
+        shape = cut(np.broadcast_to(np.uint8(0), self.shape)).shape
+        return dataclasses.replace(
+            self, name=self.name + label, shape=shape, read=lambda: cut(self.read())
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RawModule:
+    """The unread tensors of one module.
+
+    Attributes:
+        path: module path as the checkpoint names it.
+        tensors: what follows the path (``"qweight"``, ``"weight_scale"``) -> tensor.
+        model: the checkpoint's ``config.json``.
+    """
+
+    path: str
+    tensors: Mapping[str, RawTensor]
+    model: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    def get(self, suffix: str) -> RawTensor | None:
+        """The tensor or None."""
+        return self.tensors.get(suffix)
+
+    def need(self, suffix: str) -> RawTensor:
+        """The tensor.
+
+        Raises:
+            FormatError: the module has no such tensor; the message lists those it has.
+        """
+        if suffix in self.tensors:
+            return self.tensors[suffix]
+        some = next(iter(self.tensors.values()), None)
+        raise FormatError(
+            f"{some.file}: {self.path}.{suffix}" if some else f"{self.path}.{suffix}",
+            f"missing; the module has {sorted(self.tensors)}",
+            "its format stores the weight with this tensor",
+            "the checkpoint is incomplete: download or export it again",
+        )
+
+    def error(self, found: str, rule: str = "", action: str = "") -> FormatError:
+        """An error about the whole module."""
+        some = next(iter(self.tensors.values()), None)
+        return FormatError(f"{some.file}: {self.path}" if some else self.path, found, rule, action)
+
 
 class Slot(NamedTuple):
     """One tensor that a quantized linear consists of on disk.
@@ -48,12 +165,97 @@ class Slot(NamedTuple):
     Attributes:
         suffix: what follows the module path, e.g. ``"qweight"``.
         dtypes: accepted safetensors dtypes.
+        shapes: accepted shapes; empty when ``Format.shape`` and ``spec`` have checked them.
         required: whether its absence is an error.
     """
 
     suffix: str
     dtypes: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...] = ()
     required: bool = True
+
+
+class Leaf(NamedTuple):
+    """Grid over ``("out", "in")`` and NumPy dtype name of one scale or zero leaf."""
+
+    grid: Grid
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """How one module is quantized; formats add fields of their own.
+
+    Attributes:
+        kind: the format's name for this arrangement of tensors.
+        code: alphabet of the decoded data.
+        scales: scale leaves; their product is the scale.
+        zeros: zero point or offset leaves.
+        affine: which formula holds.
+        perm: whether the decoded weight is sorted by group (act-order).
+        pre_scale: NumPy dtype name of the activation pre-scale, None where there is none.
+        act: activation quantization.
+        act_scale: whether the file carries a static activation scale.
+        act_zero: NumPy dtype name of a static activation zero point, None where there is none.
+    """
+
+    kind: str
+    code: Code
+    scales: tuple[Leaf, ...] = ()
+    zeros: tuple[Leaf, ...] = ()
+    affine: Affine = "symmetric"
+    perm: bool = False
+    pre_scale: str | None = None
+    act: ActSpec | None = None
+    act_scale: bool = False
+    act_zero: str | None = None
+
+    def layout(self, shape: tuple[int, int]) -> Layout:
+        """Layout of the decoded QTensor of logical ``shape`` (out, in)."""
+        return Layout(
+            AXES,
+            self.code,
+            packed_grids(self.code, AXES, "in", shape[1]),
+            tuple(leaf.grid for leaf in self.scales),
+            tuple(leaf.grid for leaf in self.zeros),
+            self.affine,
+        )
+
+    def abstract(self, shape: tuple[int, int]) -> QTensor:
+        """The decoded QTensor with ``jax.ShapeDtypeStruct`` leaves, known before a byte is read."""
+        layout = self.layout(shape)
+
+        def leaf(grid: Grid, dtype: Any) -> jax.ShapeDtypeStruct:
+            extents = tuple(cells(n, step) for n, step in zip(shape, grid, strict=True))
+            if isinstance(dtype, str):
+                dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+            return jax.ShapeDtypeStruct(extents, dtype)
+
+        return QTensor(
+            tuple(leaf(grid, self.code.storage) for grid in layout.data),
+            tuple(leaf(*scale) for scale in self.scales),
+            tuple(leaf(*zero) for zero in self.zeros),
+            layout,
+            perm=jax.ShapeDtypeStruct((shape[1],), np.int32) if self.perm else None,
+            act_scale=leaf(TENSOR, "float32") if self.act_scale else None,
+            act_zero=leaf(TENSOR, self.act_zero) if self.act_zero else None,
+            pre_scale=leaf((WHOLE, 1), self.pre_scale) if self.pre_scale else None,
+            act=self.act,
+        )
+
+
+class Coverage(NamedTuple):
+    """What a config says about which modules are quantized.
+
+    Attributes:
+        ignored: the entries of its ignore list.
+        matches: ``matches(entry, path)``: the family's own rule (formats.names).
+        targeted: whether the config means ``path`` to be quantized, ignore list aside.
+    """
+
+    ignored: tuple[str, ...]
+    matches: Callable[[str, str], bool]
+    targeted: Callable[[str], bool] = lambda path: True
 
 
 class Format(NamedTuple):
@@ -62,21 +264,32 @@ class Format(NamedTuple):
     Attributes:
         name: short name, e.g. ``"gptq"``.
         claims: ``claims(config) -> bool``, given a ``quantization_config`` dict.
-        spec: ``spec(config, path, raw) -> Spec | None``: how the module at ``path`` is quantized, read
-            from the config and from small side tensors of ``raw`` (suffix -> RawTensor), never from
-            the weight's bytes; None where the module is not quantized.
-        slots: ``slots(spec) -> tuple[Slot, ...]``.
-        shape: ``shape(spec, raw) -> (out, in)`` of the logical weight, from headers and side tensors.
-        layout: ``layout(spec, shape) -> Layout`` of the decoded QTensor.
+        markers: suffixes of which a quantized module has at least one.
+        suffixes: every suffix that belongs to a quantized module.
+        coverage: ``coverage(config) -> Coverage``.
+        spec: ``spec(config, module) -> Spec | None``: how the module is quantized, read from the
+            config, headers and small side tensors, never from the weight's bytes; None where the
+            config does not mean it.
+        shape: ``shape(spec, module) -> (out, in)`` of the logical weight, from headers and side
+            tensors.
+        slots: ``slots(spec, shape)``: the tensors on disk with their dtypes and shapes.
         decode: ``decode(arrays, spec, shape) -> QTensor`` (suffix -> array).
         encode: ``encode(q, spec) -> arrays``, the inverse, as the format's own tools write it.
     """
 
     name: str
     claims: Callable[[Mapping[str, Any]], bool]
-    spec: Callable[[Mapping[str, Any], str, Mapping[str, RawTensor]], Any]
-    slots: Callable[[Any], tuple[Slot, ...]]
-    shape: Callable[[Any, Mapping[str, RawTensor]], tuple[int, int]]
-    layout: Callable[[Any, tuple[int, int]], Layout]
+    markers: tuple[str, ...]
+    suffixes: tuple[str, ...]
+    coverage: Callable[[Mapping[str, Any]], Coverage]
+    spec: Callable[[Mapping[str, Any], RawModule], Any]
+    shape: Callable[[Any, RawModule], tuple[int, int]]
+    slots: Callable[[Any, tuple[int, int]], tuple[Slot, ...]]
     decode: Callable[[Mapping[str, np.ndarray], Any, tuple[int, int]], QTensor]
     encode: Callable[[QTensor, Any], dict[str, np.ndarray]]
+
+
+def method_of(config: Mapping[str, Any]) -> str:
+    """The normalised ``quant_method``: lower case, dashes, no vendor prefix; "" where absent."""
+    name = str(config.get("quant_method") or "").lower().replace("_", "-")
+    return name.removeprefix("intel/")
