@@ -1,0 +1,77 @@
+"""Perplexity of a model on a token stream."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxquant.errors import ConfigError
+from jaxquant.models.decoder import CausalLM
+
+
+def perplexity(
+    model: CausalLM,
+    tokens: Any,
+    *,
+    window: int = 256,
+    batch: int = 8,
+    windows: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> float:
+    """Perplexity over consecutive windows that do not see each other.
+
+    Each window's first token is context only, so a window of 256 has a loss on 255 positions; a
+    last window that is not full is left out.
+
+    Args:
+        model: a causal language model.
+        tokens: token ids ``[token]``, any integer type.
+        window: tokens of a window.
+        batch: windows to a pass.
+        windows: how many windows to use, from the start; None uses all.
+        progress: called with windows done and windows in all.
+    Returns:
+        ``exp`` of the mean negative log likelihood.
+    Raises:
+        ConfigError: too few tokens, a window below 2, or ids past the vocabulary.
+    """
+    stream = np.asarray(tokens).reshape(-1).astype(np.int64)
+    count = len(stream) // window if window >= 2 else 0
+    count = count if windows is None else min(count, windows)
+    if count < 1 or batch < 1:
+        found = f"{len(stream)} tokens, window {window}, windows {windows}, batch {batch}"
+        raise ConfigError("perplexity", found, "at least one full window of 2 or more tokens")
+    rows = stream[: count * window].reshape(count, window)
+    vocabulary = model.config.vocab_size
+    if rows.min() < 0 or rows.max() >= vocabulary:
+        found = f"token ids {rows.min()} to {rows.max()}"
+        rule = f"the vocabulary is 0 to {vocabulary - 1}"
+        raise ConfigError("perplexity", found, rule, "use the model's own tokenizer")
+    graph, state = nnx.split(model)
+    total, batch = 0.0, min(batch, count)
+    for start in range(0, count, batch):
+        part = rows[start : start + batch]
+        # A short last batch is filled up, so that one compiled program serves all.
+        filled = np.zeros((batch, window), np.int32)
+        filled[: len(part)] = part
+        losses = np.asarray(_losses(graph, state, jnp.asarray(filled)))
+        total += float(losses[: len(part)].sum(dtype=np.float64))
+        if progress is not None:
+            progress(start + len(part), count)
+    return math.exp(total / (count * (window - 1)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _losses(graph: nnx.GraphDef[CausalLM], state: nnx.State, rows: jax.Array) -> jax.Array:
+    """Summed negative log likelihood of each row: ``[batch]`` float32."""
+    positions = jnp.broadcast_to(jnp.arange(rows.shape[1], dtype=jnp.int32), rows.shape)
+    logits, _ = nnx.merge(graph, state).step(rows, positions, None)
+    chosen = jnp.take_along_axis(logits[:, :-1], rows[:, 1:, None], axis=-1)[..., 0]
+    return jnp.sum(jax.nn.logsumexp(logits[:, :-1], axis=-1) - chosen, axis=-1)
