@@ -8,7 +8,7 @@ Q4_1  Q5_1             uint4, uint5                             f16 per 32, offs
 Q2_K                   uint2                                    u4 per 16 x f16 per 256, both twice
 Q4_K  Q5_K             uint4, uint5                             u6 per 32 x f16 per 256, both twice
 Q3_K  Q6_K             int3 (2 + 1 bits), int6 (4 + 2 bits)     int8 per 16 x f16 per 256
-IQ4_NL  IQ4_XS         iq4 table                                f16 per 32; int8 per 32 x f16 per 256
+IQ4_NL  IQ4_XS         iq4 table                                f16 per 32; int8 / 32 x f16 / 256
 MXFP4  NVFP4           e2m1                                     e8m0 per 32; e4m3 per 16 (x one f32)
 TQ1_0  TQ2_0           ternary, two bits                        f16 per 256
 F32  F16  BF16         dense                                    none

@@ -1,7 +1,7 @@
 """GGUF types that index large codebooks of vectors: IQ1, IQ2 and IQ3.
 
-A code stands for a whole vector of inputs, so it has no place in the law of steps: these weights are
-decoded to float32 when they are read.  The codebooks are tables of up to 2048 vectors, found by
+A code stands for a whole vector of inputs, so it has no place in the law of steps: these weights
+are decoded to float32 when they are read.  The codebooks are tables of up to 2048 vectors, found by
 search rather than by a rule; they are taken from the ``gguf`` package, an optional dependency.
 """
 
