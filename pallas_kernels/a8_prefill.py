@@ -15,20 +15,29 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.a8_problem import Block, epilogue_of, operands_by_name, promotes, w_block
+from pallas_kernels.a8_problem import (
+    GROUP,
+    accumulator_dtype,
+    common_refusal,
+    epilogue_of,
+    operand_names,
+    promotes,
+    step_k,
+    w_block,
+)
 from pallas_kernels.launch import CLUSTER, GRID, WARPGROUP, launch
-from pallas_kernels.problem import Config, Kernel, Problem, require_hopper
+from pallas_kernels.problem import Config, Kernel, Problem
 from pallas_kernels.tiles import (
     ROW,
     SMEM_RESERVE,
     cdiv,
     drain,
     load,
-    pad_rows,
     scale_rows,
     slot,
     store_tile,
@@ -36,7 +45,7 @@ from pallas_kernels.tiles import (
 )
 
 # Columns of one staging buffer of the epilogue: 128 bytes of a 16-bit type, one swizzle atom.
-STAGE_COLUMNS = 64
+STAGE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +58,7 @@ class PrefillConfig(Config):
         warpgroups: multiplying warpgroups; each takes bm / warpgroups tokens.
         cluster: blocks that share one weight tile by multicast.
         group: width in tiles of the snake that output tiles follow, for L2 reuse.
-        minor: which dimension the snake runs along first (0 tokens, 1 channels).
+        minor: the dimension along which the snake moves first, 0 tokens or 1 channels.
         staging: staging buffers per warpgroup in the epilogue.
     """
 
@@ -62,17 +71,283 @@ class PrefillConfig(Config):
     minor: int = 0
     staging: int = 1
 
-    def bk(self, problem: Problem) -> int:
-        """K extent of a step: one weight block when promoting, else one swizzle atom."""
-        block = w_block(problem)
-        return min(128, block.k, problem.k & -problem.k) if block else 128
-
     def smem_bytes(self, problem: Problem) -> int:
-        """Shared memory of a block, in bytes."""
-        bk = _step(problem)
-        ring = self.stages * (self.bm + self.bn) * bk
+        """Return the shared memory of a block, in bytes."""
+        ring = (self.bm + self.bn) * step_k(problem)
         if problem.x_scale == "1x128":
-            ring += self.stages * max(self.bm * 4, 128)
-        staging = self.warpgroups * self.staging * 64 * STAGE_COLUMNS * 2
-        vectors = epilogue_of(problem, transposed=False).smem_bytes(2, self.bm, self.bn)
-        return ring + staging + vectors + SMEM_RESERVE
+            ring += self.bm * 4
+        staging = self.warpgroups * self.staging * 64 * STAGE * 2
+        vectors = epilogue_of(problem, transposed=False).smem_bytes(1, self.bm, self.bn)
+        return self.stages * ring + staging + vectors + SMEM_RESERVE
+
+    def refuses(self, problem: Problem) -> str | None:
+        """Return why this config cannot run `problem`, or None."""
+        rows = self.bm // self.warpgroups
+        if self.bm % self.warpgroups or rows not in (64, 128) or self.bn % 64 or self.bn > 256:
+            return "a warpgroup takes 64 or 128 tokens by 64 to 256 channels"
+        # float32 registers of a thread for accumulators; a promoted tile has a total besides.
+        registers = rows * self.bn // 128 * (2 if promotes(problem) else 1)
+        if registers > (192 if self.warpgroups == 2 else 128):
+            return f"needs {registers} accumulator registers a thread"
+        if cdiv(problem.m, self.bm) % self.cluster:
+            return f"{cdiv(problem.m, self.bm)} row tiles do not divide by cluster {self.cluster}"
+        if self.smem_bytes(problem) > problem.device.smem:
+            return (
+                f"needs {self.smem_bytes(problem)} of {problem.device.smem} bytes of shared memory"
+            )
+        return None
+
+
+def _refuses(problem: Problem) -> str | None:
+    if reason := common_refusal(problem):
+        return reason
+    return "takes more than 64 tokens" if problem.m <= 64 else None
+
+
+def _default(problem: Problem) -> PrefillConfig:
+    """Return the widest tile that still gives every SM one."""
+    stages = 6 if promotes(problem) else 4
+    if promotes(problem):
+        return PrefillConfig(bn=128, stages=stages)
+    for bn in (256, 192, 128):
+        config = PrefillConfig(bn=bn, stages=4 if bn == 256 else 5)
+        if cdiv(problem.m, 128) * cdiv(problem.n, bn) >= 0.9 * problem.device.sms:
+            return config
+    return PrefillConfig(bn=64, stages=6)
+
+
+def _candidates(problem: Problem) -> Iterator[PrefillConfig]:
+    """Yield the configs worth measuring."""
+    if promotes(problem):
+        tiles = ((128, 128, 6, 2), (192, 128, 4, 3), (128, 192, 4, 2), (128, 64, 8, 2))
+    else:
+        tiles = ((128, 256, 4, 2), (128, 192, 5, 2), (128, 128, 6, 2), (128, 64, 8, 2))
+        tiles += ((256, 128, 4, 2),)
+    for bm, bn, stages, warpgroups in tiles:
+        for cluster in (1, 2):
+            for group in (8, 16):
+                for staging in (1, 2):
+                    config = PrefillConfig(
+                        bm, bn, stages, warpgroups, cluster, group, staging=staging
+                    )
+                    if config.refuses(problem) is None:
+                        yield config
+
+
+def matmul(
+    problem: Problem, config: PrefillConfig, interpret: bool, *operands: jax.Array
+) -> jax.Array:
+    """Run the prefill kernel; operands come in the order of `operand_names`."""
+    m, n, k, c = problem.m, problem.n, problem.k, config
+    bk, block, promoted = step_k(problem), w_block(problem), promotes(problem)
+    grouped = problem.x_scale == "1x128"
+    row_tiles, column_tiles, steps = cdiv(m, c.bm), cdiv(n, c.bn), cdiv(k, bk)
+    row_clusters = row_tiles // c.cluster
+    tiles = row_clusters * column_tiles
+    grid = min(tiles, max(1, problem.device.sms // c.cluster))
+    stages, producer = min(c.stages, steps), c.warpgroups
+    rows = c.bm // c.warpgroups
+    shape = (rows, c.bn)
+    # Columns that share a weight scale at every tile position; promoted totals are kept per piece.
+    piece = c.bn if block is None or block[0] % c.bn == 0 else min(block[0], 64)
+    pieces, block_rows = c.bn // piece, cdiv(n, block[0]) if block else 0
+    epilogue = epilogue_of(problem, transposed=False)
+    names = operand_names(problem)
+
+    def body(
+        *refs,
+        x_sm,
+        w_sm,
+        o_sm,
+        full,
+        empty,
+        groups_sm=None,
+        tile_full=None,
+        tile_empty=None,
+        **vectors,
+    ):
+        gmem, o_gm = dict(zip(names, refs, strict=False)), refs[-1]
+        warpgroup, block_in_cluster = lax.axis_index(WARPGROUP), lax.axis_index(CLUSTER)
+
+        def origin(info):
+            """First token and first channel of this block's part of a tile of the grid."""
+            (linear,) = info.index
+            row, column = plgpu.planar_snake(linear, (row_clusters, column_tiles), c.minor, c.group)
+            return (row * c.cluster + block_in_cluster) * c.bm, column * c.bn
+
+        @pl.when(warpgroup == producer)
+        def produce():
+            plgpu.set_max_registers(24 if c.warpgroups > 2 else 40, action="decrease")
+
+            @plgpu.nd_loop((tiles,), collective_axes=GRID, init_carry=jnp.int32(0))
+            def steps_done(info, carry):
+                m0, n0 = origin(info)
+
+                def step(i, count):
+                    s = slot(count, stages)
+
+                    @pl.when(count >= stages)
+                    def _():
+                        plgpu.barrier_wait(empty.at[s])
+
+                    at_k = pl.ds(i * bk, bk)
+                    plgpu.copy_gmem_to_smem(
+                        gmem["x_q"].at[pl.ds(m0, c.bm), at_k], x_sm.at[s], full.at[s]
+                    )
+                    plgpu.copy_gmem_to_smem(
+                        gmem["w"].at[pl.ds(n0, c.bn), at_k],
+                        w_sm.at[s],
+                        full.at[s],
+                        collective_axes=CLUSTER if c.cluster > 1 else None,
+                    )
+                    if grouped:
+                        plgpu.copy_gmem_to_smem(
+                            gmem["x_groups"].at[i * bk // GROUP, pl.ds(m0, c.bm)],
+                            groups_sm.at[s],
+                            full.at[s],
+                        )
+                    return count + 1
+
+                steps_done = lax.fori_loop(0, steps, step, carry)
+                # Last, so that one buffer is enough: the previous tile is long finished by now.
+                if epilogue.vectors:
+
+                    @pl.when(info.local_index > 0)
+                    def _():
+                        plgpu.barrier_wait(tile_empty)
+
+                    epilogue.fetch(
+                        gmem, vectors, 0, tile_full, {"m": m0, "n": n0}, {"m": c.bm, "n": c.bn}
+                    )
+                return steps_done
+
+            drain(empty, steps_done, stages)
+            if epilogue.vectors:
+                plgpu.barrier_wait(tile_empty)
+
+        @pl.when(warpgroup < producer)
+        def consume():
+            plgpu.set_max_registers(232 if c.warpgroups == 2 else 160, action="increase")
+            my_rows = pl.ds(warpgroup * rows, rows)
+
+            @plgpu.nd_loop((tiles,), collective_axes=GRID)
+            def _(info):
+                m0, n0 = origin(info)
+                first = info.local_index * steps
+
+                def accumulate(acc):
+                    def step(i, carry):
+                        s = slot(first + i, stages)
+                        plgpu.barrier_wait(full.at[s])
+                        plgpu.wgmma(acc, x_sm.at[s, my_rows], w_sm.at[s].T)
+                        plgpu.wgmma_wait(1)
+
+                        @pl.when(i > 0)
+                        def _():
+                            plgpu.barrier_arrive(empty.at[slot(first + i - 1, stages)])
+
+                        return carry
+
+                    lax.fori_loop(0, steps, step, jnp.int32(0))
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(empty.at[slot(first + steps - 1, stages)])
+                    return acc[...]
+
+                def w_scale(column, i):
+                    """Scale of the weight block that holds a channel, at K step i."""
+                    row = lax.min(lax.div(n0 + column, jnp.int32(block[0])), block_rows - 1)
+                    return gmem["w_blocks"][row, i * bk // block[1]]
+
+                def promote(i, totals):
+                    s = slot(first + i, stages)
+                    plgpu.barrier_wait(full.at[s])
+
+                    def one_step(acc):
+                        plgpu.wgmma(acc, x_sm.at[s, my_rows], w_sm.at[s].T)
+                        # The scales are read while the tensor cores work.
+                        scales = [w_scale(j * piece, i) if block else 1.0 for j in range(pieces)]
+                        if grouped:
+                            x_scale = load(groups_sm.at[s, my_rows], ROW)
+                            scales = [x_scale * scale for scale in scales]
+                        plgpu.wgmma_wait(0)
+                        return acc[...], scales
+
+                    part, scales = pl.run_scoped(
+                        one_step, plgpu.ACC(shape, accumulator_dtype(problem))
+                    )
+                    plgpu.barrier_arrive(empty.at[s])
+                    part = part.astype(jnp.float32)
+                    scale_part = scale_rows if grouped else jnp.multiply
+                    return [
+                        total + scale_part(part[:, j * piece : (j + 1) * piece], scale)
+                        for j, (total, scale) in enumerate(zip(totals, scales, strict=True))
+                    ]
+
+                if promoted:
+                    zeros = jnp.zeros((rows, piece), jnp.float32)
+                    zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+                    tile = lax.fori_loop(0, steps, promote, [zeros] * pieces)
+                else:
+                    acc = plgpu.ACC(shape, accumulator_dtype(problem))
+                    tile = [pl.run_scoped(accumulate, acc)]
+
+                if epilogue.vectors:
+                    plgpu.barrier_wait(tile_full)
+                tile = [
+                    epilogue.apply(part, gmem, vectors, 0, {"m": warpgroup * rows, "n": j * piece})
+                    for j, part in enumerate(tile)
+                ]
+                if epilogue.vectors:
+                    plgpu.barrier_arrive(tile_empty)
+                for count, (r, j) in enumerate(np.ndindex(rows // 64, c.bn // STAGE)):
+                    part, column = divmod(j * STAGE, piece)
+                    store_tile(
+                        tile[part][r * 64 : (r + 1) * 64, column : column + STAGE],
+                        o_sm.at[warpgroup, count % c.staging],
+                        o_gm.at[
+                            pl.ds(m0 + warpgroup * rows + r * 64, 64), pl.ds(n0 + j * STAGE, STAGE)
+                        ],
+                        pending=c.staging - 1,
+                    )
+
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    scratch = {
+        "x_sm": tiled_smem((stages, c.bm, bk), problem.x_dtype),
+        "w_sm": tiled_smem((stages, c.bn, bk), problem.w_dtype),
+        "o_sm": tiled_smem((c.warpgroups, c.staging, 64, STAGE), problem.out_dtype),
+        "full": plgpu.Barrier(num_arrivals=2 + grouped, num_barriers=stages),
+        "empty": plgpu.ClusterBarrier(
+            collective_axes=(CLUSTER,), num_arrivals=c.warpgroups, num_barriers=stages
+        )
+        if c.cluster > 1
+        else plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=stages),
+        **epilogue.scratch(1, c.bm, c.bn),
+    }
+    if grouped:
+        scratch["groups_sm"] = plgpu.SMEM((stages, c.bm), jnp.float32)
+    if epilogue.vectors:
+        scratch["tile_full"] = plgpu.Barrier(num_arrivals=len(epilogue.vectors))
+        scratch["tile_empty"] = plgpu.Barrier(num_arrivals=c.warpgroups)
+    return launch(
+        body,
+        *operands,
+        out=jax.ShapeDtypeStruct((m, n), problem.out_dtype),
+        scratch=scratch,
+        grid=grid,
+        cluster=c.cluster,
+        warpgroups=c.warpgroups + 1,
+        name="matmul_a8_prefill",
+        interpret=interpret,
+    )
+
+
+PREFILL = Kernel(
+    name="a8_prefill",
+    op="matmul_a8",
+    config_type=PrefillConfig,
+    fn=matmul,
+    accepts=_refuses,
+    default_config=_default,
+    candidates=_candidates,
+)

@@ -85,8 +85,8 @@ class Problem:
         x_dtype, w_dtype, out_dtype: dtype names; sub-byte weights use their logical type ("uint4").
         x_scale: "none", "tensor", "token" or "1x128".
         w_scale: "none", "tensor", "channel", "<bn>x<bk>" for blocks, "g<size>" for groups along k.
-        zero: whether zero points take part.
-        bias: whether a bias is added.
+        zero: layout of the zero points ("tensor", "token" or "group"); "" when there are none.
+        bias: dtype name of the bias; "" when there is none.
         device: the GPU to run on.
     """
 
@@ -99,14 +99,14 @@ class Problem:
     out_dtype: str
     x_scale: str = "none"
     w_scale: str = "none"
-    zero: bool = False
-    bias: bool = False
+    zero: str = ""
+    bias: str = ""
     device: Device = H200
 
     @property
     def kind(self) -> str:
         """Problems of one kind may use each other's tuned configs: all but sizes and device."""
-        zero = " zero" if self.zero else ""
+        zero = f" {self.zero} zero" if self.zero else ""
         return f"{self.x_dtype} {self.w_dtype} {self.x_scale} {self.w_scale}{zero}"
 
 

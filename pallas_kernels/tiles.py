@@ -17,7 +17,7 @@ ROW = plgpu.Layout.WGMMA.reduce(1)
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 # Barriers, alignment gaps and small static buffers that Mosaic adds to the scratch of a kernel.
-SMEM_RESERVE = 2048
+SMEM_RESERVE = 1024
 
 
 def cdiv(a: int, b: int) -> int:
@@ -79,7 +79,9 @@ def drain(barriers: Any, steps: Any, count: int) -> None:
     lax.fori_loop(lax.max(steps - count, 0), steps, wait, jnp.int32(0))
 
 
-def store_tile(tile: jax.Array, staging: Any, destination: Any, *, transpose: bool = False) -> None:
+def store_tile(
+    tile: jax.Array, staging: Any, destination: Any, *, transpose: bool = False, pending: int = 0
+) -> None:
     """Write a wgmma tile to global memory through a staging buffer in shared memory.
 
     Args:
@@ -87,8 +89,9 @@ def store_tile(tile: jax.Array, staging: Any, destination: Any, *, transpose: bo
         staging: tiled shared memory, [rows, columns], or [columns, rows] when transposing.
         destination: global memory of the staging buffer's shape; TMA drops what is out of bounds.
         transpose: whether the output is the transpose of the tile.
+        pending: earlier stores that may still read their own staging buffers.
     """
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
     if transpose:
         staging.T[...] = plgpu.layout_cast(tile, plgpu.Layout.WGMMA_TRANSPOSED)
     else:

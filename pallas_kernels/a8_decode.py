@@ -1,0 +1,363 @@
+"""8-bit x 8-bit matmul for few tokens: output channels are the rows of the wgmma, K is split.
+
+Reading the weights once is all the work, so every SM must pull its share from the first moment.
+K is split over warpgroups of a block, which add through shared memory, and over the blocks of a
+cluster, which add through distributed shared memory; then a narrow layer also fills the chip.  A
+block makes one output tile.  Several blocks share an SM when their shared memory allows it, so this
+kernel leaves the register split to the compiler.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.a8_problem import (
+    GROUP,
+    accumulator_dtype,
+    common_refusal,
+    epilogue_of,
+    operand_names,
+    promotes,
+    step_k,
+    w_block,
+)
+from pallas_kernels.launch import CLUSTER, GRID, WARPGROUP, launch
+from pallas_kernels.problem import Config, Kernel, Problem
+from pallas_kernels.tiles import (
+    COLUMN,
+    SMEM_RESERVE,
+    cdiv,
+    drain,
+    load,
+    round_up,
+    scale_columns,
+    slot,
+    store_tile,
+    tiled_smem,
+)
+
+# Channels of a warpgroup: the rows of one wgmma.
+CHANNELS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig(Config):
+    """Tiles of the decode kernel.
+
+    Attributes:
+        bm: tokens of a tile, a multiple of 8.
+        stages: K steps in flight in a block.
+        atoms: 128-byte K atoms of a step; 2 halves the barrier traffic of a thin tile.
+        channels: warpgroups side by side over output channels, 64 each; they share activations.
+        split: warpgroups of a block that share out the K steps of the same channels.
+        cluster: blocks that share out K.
+        occupancy: blocks meant to be resident on one SM.
+    """
+
+    bm: int = 16
+    stages: int = 12
+    atoms: int = 1
+    channels: int = 1
+    split: int = 2
+    cluster: int = 1
+    occupancy: int = 1
+
+    def smem_bytes(self, problem: Problem) -> int:
+        """Return the shared memory of a block, in bytes."""
+        bn = CHANNELS * self.channels
+        ring = (self.bm + bn) * step_k(problem) * self.atoms
+        if problem.x_scale == "1x128":
+            ring += round_up(self.bm * 4, 128)
+        sums = (self.split - 1 + self.cluster - 1) * bn * self.bm * 4
+        vectors = epilogue_of(problem, transposed=True).smem_bytes(1, self.bm, bn)
+        return self.stages * ring + sums + bn * self.bm * 2 + vectors + SMEM_RESERVE
+
+    def refuses(self, problem: Problem) -> str | None:
+        """Return why this config cannot run `problem`, or None."""
+        step = step_k(problem) * self.atoms
+        if self.bm % 8 or not 8 <= self.bm <= 128:
+            return "bm must be a multiple of 8 up to 128"
+        if promotes(problem) and self.atoms > 1:
+            return "scales along K need steps of one atom"
+        if problem.n % (CHANNELS * self.channels):
+            return f"N={problem.n} is no multiple of {CHANNELS * self.channels} channels"
+        if problem.k % (step * self.cluster) or problem.k // step // self.cluster < self.split:
+            return f"K={problem.k} does not split into {self.cluster} x {self.split} runs of {step}"
+        if self.channels * self.split > 7:
+            return "a block has at most 7 multiplying warpgroups"
+        if self.smem_bytes(problem) * self.occupancy > problem.device.smem:
+            return f"needs {self.smem_bytes(problem)} bytes of shared memory x {self.occupancy}"
+        return None
+
+
+def _refuses(problem: Problem) -> str | None:
+    if reason := common_refusal(problem):
+        return reason
+    return None if problem.m <= 256 else "takes at most 256 tokens"
+
+
+def _default(problem: Problem) -> DecodeConfig:
+    """Split K until every SM has a block, as far as K and the cluster allow."""
+    bm = min(64, max(8, 1 << (problem.m - 1).bit_length()))
+    best = DecodeConfig(bm=bm, stages=4, split=1)
+    for channels, split, cluster in ((2, 1, 1), (1, 2, 1), (1, 1, 1), (1, 2, 2), (1, 1, 2)):
+        for stages in (12, 8, 6, 4):
+            config = DecodeConfig(bm, stages, 1, channels, split, cluster)
+            if config.refuses(problem):
+                continue
+            best = config
+            if problem.n // (64 * channels) * cluster >= problem.device.sms * 0.9:
+                return config
+            break
+    return best
+
+
+def _candidates(problem: Problem) -> Iterator[DecodeConfig]:
+    """Yield the configs worth measuring."""
+    bm = min(128, max(8, 1 << (problem.m - 1).bit_length()))
+    shapes = (
+        (12, 1, 1, 2, 1, 1),
+        (12, 1, 1, 2, 2, 1),
+        (8, 1, 1, 2, 1, 2),
+        (8, 1, 1, 2, 2, 2),
+        (8, 1, 2, 1, 1, 1),
+        (6, 1, 2, 1, 2, 1),
+        (4, 1, 2, 1, 2, 2),
+        (4, 2, 1, 2, 1, 2),
+        (4, 2, 1, 2, 2, 2),
+        (6, 2, 1, 2, 1, 1),
+        (4, 2, 2, 1, 1, 1),
+        (3, 2, 1, 1, 1, 4),
+        (5, 1, 3, 1, 1, 1),
+        (4, 1, 2, 2, 1, 1),
+        (4, 1, 4, 1, 2, 1),
+    )
+    for shape in shapes:
+        config = DecodeConfig(bm, *shape)
+        if config.refuses(problem) is None:
+            yield config
+
+
+def matmul(
+    problem: Problem, config: DecodeConfig, interpret: bool, *operands: jax.Array
+) -> jax.Array:
+    """Run the decode kernel; operands come in the order of `operand_names`."""
+    if interpret:  # which has no distributed shared memory
+        config = dataclasses.replace(config, cluster=1)
+    m, n, k, c = problem.m, problem.n, problem.k, config
+    bn, bk, block = CHANNELS * c.channels, step_k(problem) * c.atoms, w_block(problem)
+    promoted, grouped = promotes(problem), problem.x_scale == "1x128"
+    steps = k // bk // c.cluster
+    # A slot always belongs to the same share of K, so that releases come in order.
+    stages = max(c.split, min(c.stages, steps) // c.split * c.split)
+    row_tiles, workers = cdiv(m, c.bm), c.channels * c.split
+    shape = (CHANNELS, c.bm)
+    epilogue = epilogue_of(problem, transposed=True)
+    names = operand_names(problem)
+    acc_type = plgpu.ACC(shape, accumulator_dtype(problem))
+
+    def body(
+        *refs,
+        x_sm,
+        w_sm,
+        o_sm,
+        full,
+        empty,
+        tile_full=None,
+        groups_sm=None,
+        sums_sm=None,
+        summed=None,
+        peers_sm=None,
+        peers_sent=None,
+        **vectors,
+    ):
+        gmem, o_gm = dict(zip(names, refs, strict=False)), refs[-1]
+        warpgroup, rank = lax.axis_index(WARPGROUP), lax.axis_index(CLUSTER)
+        tile = lax.axis_index(GRID)
+        m0 = lax.rem(tile, jnp.int32(row_tiles)) * c.bm
+        n0 = lax.div(tile, jnp.int32(row_tiles)) * bn
+        first_step = rank * steps
+
+        @pl.when(warpgroup == workers)
+        def produce():
+            def step(i, carry):
+                s = slot(i, stages)
+
+                @pl.when(i >= stages)
+                def _():
+                    plgpu.barrier_wait(empty.at[s])
+
+                at_k = pl.ds((first_step + i) * bk, bk)
+                plgpu.copy_gmem_to_smem(gmem["w"].at[pl.ds(n0, bn), at_k], w_sm.at[s], full.at[s])
+                plgpu.copy_gmem_to_smem(
+                    gmem["x_q"].at[pl.ds(m0, c.bm), at_k], x_sm.at[s], full.at[s]
+                )
+                if grouped:
+                    plgpu.copy_gmem_to_smem(
+                        gmem["x_groups"].at[(first_step + i) * bk // GROUP, pl.ds(m0, c.bm)],
+                        groups_sm.at[s, pl.ds(0, c.bm)],
+                        full.at[s],
+                    )
+                return carry
+
+            if epilogue.vectors:
+                epilogue.fetch(
+                    gmem, vectors, 0, tile_full, {"m": m0, "n": n0}, {"m": c.bm, "n": bn}
+                )
+            lax.fori_loop(0, steps, step, jnp.int32(0))
+            drain(empty, jnp.int32(steps), stages)
+
+        @pl.when(warpgroup < workers)
+        def consume():
+            column = lax.rem(warpgroup, jnp.int32(c.channels))
+            share = lax.div(warpgroup, jnp.int32(c.channels))
+            my_rows = pl.ds(column * CHANNELS, CHANNELS)
+            my_steps = lax.div(steps - share + c.split - 1, jnp.int32(c.split))
+
+            def my_slot(i):
+                return slot(i * c.split + share, stages)
+
+            def accumulate(acc):
+                def step(i, carry):
+                    s = my_slot(i)
+                    plgpu.barrier_wait(full.at[s])
+                    plgpu.wgmma(acc, w_sm.at[s, my_rows], x_sm.at[s].T)
+                    plgpu.wgmma_wait(1)
+
+                    @pl.when(i > 0)
+                    def _():
+                        plgpu.barrier_arrive(empty.at[my_slot(i - 1)])
+
+                    return carry
+
+                lax.fori_loop(0, my_steps, step, jnp.int32(0))
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(empty.at[my_slot(my_steps - 1)])
+                return acc[...]
+
+            def promote(i, total):
+                s = my_slot(i)
+                plgpu.barrier_wait(full.at[s])
+
+                def one_step(acc):
+                    plgpu.wgmma(acc, w_sm.at[s, my_rows], x_sm.at[s].T)
+                    # The scales are read while the tensor cores work.
+                    scale = load(groups_sm.at[s, pl.ds(0, c.bm)], COLUMN) if grouped else 1.0
+                    if block:
+                        channel = n0 + column * CHANNELS
+                        at_k = (first_step + i * c.split + share) * bk
+                        scale = scale * gmem["w_blocks"][channel // block[0], at_k // block[1]]
+                    plgpu.wgmma_wait(0)
+                    return acc[...], scale
+
+                part, scale = pl.run_scoped(one_step, acc_type)
+                plgpu.barrier_arrive(empty.at[s])
+                part = part.astype(jnp.float32)
+                return total + (scale_columns(part, scale) if grouped else part * scale)
+
+            if promoted:
+                zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+                total = lax.fori_loop(0, my_steps, promote, zeros)
+            else:
+                total = pl.run_scoped(accumulate, acc_type)
+
+            def store(total):
+                if epilogue.vectors:
+                    plgpu.barrier_wait(tile_full)
+                store_tile(
+                    epilogue.apply(total, gmem, vectors, 0, {"m": 0, "n": column * CHANNELS}),
+                    o_sm.at[column],
+                    o_gm.at[pl.ds(m0, c.bm), pl.ds(n0 + column * CHANNELS, CHANNELS)],
+                    transpose=True,
+                )
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+            def add_blocks(total):
+                """Add the shares of the cluster's blocks in block 0, then store."""
+                if c.cluster == 1:
+                    return store(total)
+
+                @pl.when(rank > 0)
+                def _():
+                    plgpu.async_store_smem(
+                        total,
+                        peers_sm.at[rank - 1, column],
+                        peers_sent.at[column],
+                        cluster_idx=jnp.int32(0),
+                        cluster_dim=CLUSTER,
+                    )
+
+                @pl.when(rank == 0)
+                def _():
+                    plgpu.barrier_wait(peers_sent.at[column])
+                    result = total
+                    for peer in range(c.cluster - 1):
+                        result += load(peers_sm.at[peer, column], plgpu.Layout.WGMMA)
+                    store(result)
+
+            if c.split == 1:
+                return add_blocks(total)
+
+            @pl.when(share > 0)
+            def _():
+                sums_sm[share - 1, column] = total
+                plgpu.barrier_arrive(summed.at[column])
+                if interpret and epilogue.vectors:
+                    plgpu.barrier_wait(tile_full)  # the interpreter wants all threads to see it
+
+            @pl.when(share == 0)
+            def _():
+                plgpu.barrier_wait(summed.at[column])
+                result = total
+                for other in range(c.split - 1):
+                    result += load(sums_sm.at[other, column], plgpu.Layout.WGMMA)
+                add_blocks(result)
+
+    acc_dtype = jnp.float32 if promoted else accumulator_dtype(problem)
+    scratch = {
+        "x_sm": tiled_smem((stages, c.bm, bk), problem.x_dtype),
+        "w_sm": tiled_smem((stages, bn, bk), problem.w_dtype),
+        "o_sm": tiled_smem((c.channels, c.bm, CHANNELS), problem.out_dtype),
+        "full": plgpu.Barrier(num_arrivals=2 + grouped, num_barriers=stages),
+        "empty": plgpu.Barrier(num_arrivals=c.channels, num_barriers=stages),
+        **epilogue.scratch(1, c.bm, bn),
+    }
+    if epilogue.vectors:
+        scratch["tile_full"] = plgpu.Barrier(num_arrivals=len(epilogue.vectors))
+    if grouped:
+        scratch["groups_sm"] = plgpu.SMEM((stages, round_up(c.bm, 32)), jnp.float32)
+    if c.split > 1:
+        scratch["sums_sm"] = tiled_smem((c.split - 1, c.channels, *shape), acc_dtype)
+        scratch["summed"] = plgpu.Barrier(num_arrivals=c.split - 1, num_barriers=c.channels)
+    if c.cluster > 1:
+        scratch["peers_sm"] = plgpu.SMEM((c.cluster - 1, c.channels, *shape), acc_dtype)
+        scratch["peers_sent"] = plgpu.Barrier(num_arrivals=c.cluster - 1, num_barriers=c.channels)
+    return launch(
+        body,
+        *operands,
+        out=jax.ShapeDtypeStruct((m, n), problem.out_dtype),
+        scratch=scratch,
+        grid=row_tiles * (n // bn),
+        cluster=c.cluster,
+        warpgroups=workers + 1,
+        name="matmul_a8_decode",
+        interpret=interpret,
+    )
+
+
+DECODE = Kernel(
+    name="a8_decode",
+    op="matmul_a8",
+    config_type=DecodeConfig,
+    fn=matmul,
+    accepts=_refuses,
+    default_config=_default,
+    candidates=_candidates,
+)

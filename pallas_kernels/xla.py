@@ -1,0 +1,75 @@
+"""jax.numpy implementations of the ops, with the signatures of the kernels.
+
+They run on every device and are what other GPUs, CPUs and TPUs get.  `config` and `interpret` are
+accepted, so that a caller can swap one for the other, and have no effect.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.a8_problem import GROUP
+from pallas_kernels.matmul_a8 import a8_problem
+from pallas_kernels.problem import Config
+
+
+def _contract(x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Return x @ w.T, added in `dtype`."""
+    return lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+
+
+def _spread(scale: jax.Array, steps: tuple[int, int], shape: tuple[int, int]) -> jax.Array:
+    """Repeat each scale over its block and cut the last, partial blocks."""
+    scale = jnp.repeat(jnp.repeat(scale, steps[0], axis=0), steps[1], axis=1)
+    return scale[: shape[0], : shape[1]]
+
+
+def matmul_a8(
+    x_q: jax.Array,
+    x_scale: jax.Array,
+    w: jax.Array,
+    w_scale: jax.Array,
+    *,
+    w_block: tuple[int, int] | None = None,
+    bias: jax.Array | None = None,
+    x_zero: jax.Array | None = None,
+    w_sum: jax.Array | None = None,
+    out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Multiply quantized activations by quantized weights: y = x @ w.T + bias.
+
+    The contract is that of `pallas_kernels.matmul_a8`, without limits on N and K.  Scales along K
+    are applied to operands rounded to bfloat16, so that one matmul does the work.
+    """
+    del config, interpret
+    problem = a8_problem(
+        x_q,
+        x_scale,
+        w,
+        w_scale,
+        w_block=w_block,
+        bias=bias,
+        x_zero=x_zero,
+        w_sum=w_sum,
+        out_dtype=out_dtype,
+    )
+    m = problem.m
+    if problem.x_scale == "1x128" or w_block is not None:
+        if problem.x_scale == "1x128":
+            x_scale = _spread(x_scale[:, :m].T, (1, GROUP), x_q.shape)
+        if w_block is not None:
+            w_scale = _spread(w_scale, w_block, w.shape)
+        x = (x_q.astype(jnp.float32) * x_scale).astype(jnp.bfloat16)
+        y = _contract(x, (w.astype(jnp.float32) * w_scale).astype(jnp.bfloat16), jnp.float32)
+    else:
+        y = _contract(x_q, w, jnp.int32 if x_q.dtype == jnp.int8 else jnp.float32)
+        if x_zero is not None and w_sum is not None:
+            y = y - x_zero * w_sum
+        y = y.astype(jnp.float32) * x_scale * w_scale.T
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    return y.astype(out_dtype)

@@ -1,0 +1,192 @@
+"""matmul_a8 against float64: under the interpreter, as XLA, and lowered to CUDA."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import oracle
+import pytest
+from a8_cases import LAYOUTS, TOKENS, Case
+
+from pallas_kernels import KernelError, xla
+from pallas_kernels.a8_decode import DecodeConfig
+from pallas_kernels.a8_prefill import PrefillConfig
+from pallas_kernels.matmul_a8 import A8_KERNELS, a8_problem, matmul_a8
+from pallas_kernels.problem import select, tuned_table
+
+# The interpreter takes about half a second for every tile and K step, so shapes stay small; what
+# differs between problems is who waits for whom, and that depends on the number of steps and tiles.
+SMALL = {"n": 128, "k": 384}
+MIXED = {"float8_e4m3fn", "float8_e5m2"}
+
+
+def structs(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the operands' types alone."""
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in case.shapes().items()
+    }
+
+
+def tolerance(case: Case) -> float:
+    """Bound of the relative error: twice what rounding the exact result makes."""
+    return 2 * oracle.rounding(case.out)
+
+
+def check_interpreted(interpret, case: Case, config=None) -> None:
+    """Run one case under the interpreter and compare."""
+    operands = case.operands()
+    got = interpret(matmul_a8, **operands, **case.options, config=config)
+    assert got.dtype == case.options["out_dtype"]
+    assert oracle.relative_error(got, case.expected(operands)) < tolerance(case)
+
+
+def layouts(**changes) -> list[Case]:
+    """Return every layout of scales, zeros and types at the given sizes."""
+    return [
+        dataclasses.replace(case, **{key: value for key, value in changes.items()})
+        for case in LAYOUTS
+    ]
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("m", TOKENS)
+def test_any_number_of_tokens(interpret, m):
+    check_interpreted(interpret, Case(m, **SMALL))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("m", [5, 70])
+@pytest.mark.parametrize("case", LAYOUTS, ids=str)
+def test_every_layout(interpret, case, m):
+    if case.n == 256:
+        case = dataclasses.replace(case, n=128, k=min(case.k, 256))
+    check_interpreted(interpret, dataclasses.replace(case, m=m))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("case", "config"),
+    [
+        (Case(16, **SMALL), DecodeConfig(bm=16, stages=2, split=2)),
+        (Case(24, n=128, k=640), DecodeConfig(bm=16, stages=3, split=3)),
+        (Case(16, n=128, k=512), DecodeConfig(bm=16, stages=2, channels=2, split=1)),
+        (Case(8, n=128, k=512), DecodeConfig(bm=8, stages=2, atoms=2, split=2)),
+        (
+            Case(16, n=128, k=512, x_scale="1x128", w_scale="128x128"),
+            DecodeConfig(bm=16, stages=4, channels=2, split=2),
+        ),
+        (Case(256, n=384, k=256), PrefillConfig(bn=128, stages=2, staging=2)),
+        (Case(128, n=320, k=256), PrefillConfig(bn=192, stages=2)),
+        (Case(256, n=128, k=256), PrefillConfig(bn=128, stages=2, cluster=2)),
+        (Case(192, n=128, k=256), PrefillConfig(bm=192, bn=64, stages=2, warpgroups=3)),
+        (Case(256, n=128, k=256), PrefillConfig(bm=256, bn=64, stages=2, minor=1, group=2)),
+        (
+            Case(128, n=320, k=256, x_scale="1x128", w_scale="128x128"),
+            PrefillConfig(bn=192, stages=2),
+        ),
+    ],
+    ids=str,
+)
+def test_every_shape_of_config(interpret, case, config):
+    check_interpreted(interpret, case, config)
+
+
+@pytest.mark.parametrize("m", [1, 13, 200])
+@pytest.mark.parametrize("case", LAYOUTS, ids=str)
+def test_xla_computes_the_same(case, m):
+    case = dataclasses.replace(case, m=m)
+    operands = case.operands()
+    got = xla.matmul_a8(**operands, **case.options)
+    # Scales along K round both operands to bfloat16 first.
+    assert oracle.relative_error(got, case.expected(operands)) < 2 * oracle.rounding("bfloat16")
+
+
+@pytest.mark.parametrize("m", [13, 200])
+@pytest.mark.parametrize(
+    "wrong", ["x_scale", "w_scale", "x_zero", "w_sum", "bias", "x_groups", "w_blocks"]
+)
+def test_a_wrong_operand_is_noticed(wrong, m):
+    """Negative control: the tolerance must not hide a mistake in any one operand."""
+    case = Case(m, x="int8", w="int8", zero="token", bias="float32")
+    if wrong in ("x_groups", "w_blocks"):
+        case = Case(m, n=256, k=512, x_scale="1x128", w_scale="128x128")
+    operands = case.operands()
+    expected = case.expected(operands)
+    name = {"x_groups": "x_scale", "w_blocks": "w_scale"}.get(wrong, wrong)
+    operands[name] = np.roll(operands[name], 1, axis=-1 if wrong == "w_blocks" else 0)
+    error = oracle.relative_error(xla.matmul_a8(**operands, **case.options), expected)
+    assert error > 4 * tolerance(case)
+
+
+def lowered(lower, case: Case, config=None) -> None:
+    if case.x != case.w and {case.x, case.w} == MIXED and jax.__version_info__ < (0, 11):
+        with pytest.raises(KernelError, match=r"jax 0\.10"):
+            lower(matmul_a8, **structs(case), **case.options)
+        return
+
+    def call(operands):
+        return matmul_a8(**operands, **case.options, config=config)
+
+    assert "mosaic_gpu" in lower(call, structs(case))
+
+
+@pytest.mark.parametrize("m", [1, 13, 200])
+@pytest.mark.parametrize("case", LAYOUTS, ids=str)
+def test_every_layout_lowers_to_cuda(lower, case, m):
+    lowered(lower, dataclasses.replace(case, m=m))
+
+
+KINDS = {
+    "fp8": Case(0),
+    "int8": Case(0, x="int8", w="int8"),
+    "block": Case(0, x_scale="1x128", w_scale="128x128"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("m", [16, 128, 2048])
+def test_every_candidate_lowers_to_cuda(lower, kind, m):
+    case = dataclasses.replace(KINDS[kind], m=m, n=6144, k=4096)
+    operands = structs(case)
+    problem = a8_problem(**operands, **case.options)
+    for kernel in A8_KERNELS:
+        if kernel.accepts(problem) is None:
+            for config in kernel.candidates(problem):
+                lowered(lower, case, config)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    tuned_table("NVIDIA H200").get("matmul_a8", []),
+    ids=lambda e: f"{e['kind']} {e['m']}x{e['n']}x{e['k']}",
+)
+def test_every_tuned_config_lowers_to_cuda(lower, entry):
+    x, w, x_scale, w_scale = entry["kind"].split()[:4]
+    case = Case(entry["m"], entry["n"], entry["k"], x, w, x_scale, w_scale)
+    problem = a8_problem(**structs(case), **case.options)
+    kernel, config = select(A8_KERNELS, problem)
+    assert (kernel.name, dataclasses.asdict(config)) == (entry["kernel"], entry["config"])
+    lowered(lower, case)
+
+
+def test_refusals_name_every_kernel():
+    with pytest.raises(KernelError) as error:
+        matmul_a8(**Case(16, n=100).operands())
+    assert set(error.value.reasons) == {kernel.name for kernel in A8_KERNELS}
+    assert "multiples of 64" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("x_scale", np.ones((3, 1), np.float32)),
+        ("x_scale", np.ones((13, 1), np.float16)),
+        ("w_scale", np.ones((4, 4), np.float32)),
+        ("bias", np.ones((5,), np.float32)),
+        ("x_zero", np.ones((13, 1), np.int32)),
+    ],
+)
+def test_operands_that_break_the_contract(name, value):
+    operands = Case(13).operands()
+    with pytest.raises(KernelError, match=name):
+        matmul_a8(**{**operands, name: value})
