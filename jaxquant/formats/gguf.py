@@ -107,12 +107,22 @@ def _check_finite(parts: Parts, where: str) -> None:
                 )
 
 
+def _whole(tensor_scale: np.ndarray, lead: Sequence[int], where: str) -> np.ndarray:
+    """A tensor scale as the leaf ``[*lead, 1, 1]`` of a whole-axis grid."""
+    scale = np.asarray(tensor_scale, np.float32).reshape(-1)
+    count = int(np.prod(lead, dtype=np.int64))
+    if scale.size not in (1, count) or not np.isfinite(scale).all():
+        rule = f"one finite number, or {count}"
+        raise FormatError(where, f"tensor scale {scale[:4].tolist()}", rule)
+    return np.broadcast_to(scale, count).reshape(*lead, 1, 1).copy()
+
+
 def decode(
     raw: np.ndarray,
     kind: GgmlType,
     shape: Sequence[int],
     where: str = "tensor",
-    tensor_scale: float | None = None,
+    tensor_scale: np.ndarray | None = None,
 ) -> QTensor:
     """Turn a tensor's bytes into a QTensor without rounding anything.
 
@@ -121,7 +131,8 @@ def decode(
         kind: its type.
         shape: ``[*lead, out, in]``; leading axes are stacked experts.
         where: file and tensor, for errors.
-        tensor_scale: float32 factor of the whole tensor (NVFP4), a further scale leaf.
+        tensor_scale: float32 factor of the whole tensor, or one for each leading index (NVFP4); it
+            becomes a further scale leaf.
     Raises:
         FormatError: scales are not finite, the type is no weight, or a codebook is missing.
     """
@@ -149,9 +160,7 @@ def decode(
     planes, rest = shaped[: len(layout.data)], shaped[len(layout.data) :]
     scales, zeros = rest[: len(fmt.scale_steps)], rest[len(fmt.scale_steps) :]
     if tensor_scale is not None:
-        if not np.isfinite(tensor_scale):
-            raise FormatError(where, f"a tensor scale of {tensor_scale}", "a finite number")
-        scales.append(np.full((*lead, 1, 1), tensor_scale, np.float32))
+        scales.append(_whole(tensor_scale, lead, where))
     return QTensor(tuple(planes), tuple(scales), tuple(zeros), layout).check(where)
 
 

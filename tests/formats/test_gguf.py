@@ -238,14 +238,23 @@ def test_weights_keep_their_width(name, bits):
 def test_nvfp4_tensor_scale_is_a_leaf():
     kind, shape = TYPES["NVFP4"], (2, 128)
     raw = random_blocks("NVFP4", shape)
-    q = gguf.decode(raw, kind, shape, tensor_scale=0.25)
+    q = gguf.decode(raw, kind, shape, tensor_scale=np.float32([0.25]))
     plain = gguf.dequantize(raw, kind, shape)
     np.testing.assert_array_equal(np.asarray(dequantize(q)), plain * np.float32(0.25))
     assert gguf.type_of(q) == kind
     again = gguf.encode(q, kind)
     np.testing.assert_array_equal(gguf.dequantize(again, kind, shape), plain)
-    with pytest.raises(FormatError, match="tensor scale of nan"):
-        gguf.decode(raw, kind, shape, tensor_scale=float("nan"))
+    for bad in ([np.nan], [1, 2, 3], []):
+        with pytest.raises(FormatError, match="tensor scale"):
+            gguf.decode(raw, kind, shape, tensor_scale=np.float32(bad))
+
+
+def test_nvfp4_stacked_weights_have_a_scale_each():
+    kind, shape = TYPES["NVFP4"], (3, 2, 64)
+    raw, scales = random_blocks("NVFP4", shape), np.float32([0.5, 2, 4])
+    q = gguf.decode(raw, kind, shape, tensor_scale=scales)
+    plain = gguf.dequantize(raw, kind, shape)
+    np.testing.assert_array_equal(np.asarray(dequantize(q)), plain * scales[:, None, None])
 
 
 def test_group_of_128_is_written_as_q4_0():
