@@ -1,0 +1,375 @@
+"""GGUF files that lie: each gives one FormatError that names the file (and tensor or key), within a
+second, and without allocating what the file claims."""
+
+import struct
+import time
+import tracemalloc
+
+import pytest
+
+from jaxquant.convert import gguf_header, gguf_metadata
+from jaxquant.convert.read_gguf import open_gguf
+from jaxquant.errors import FormatError
+from tests.convert.gguf_bytes import (
+    ARRAY,
+    BOOL,
+    F32,
+    I32,
+    STRING,
+    U8,
+    U16,
+    U32,
+    U64,
+    array,
+    build,
+    f32,
+    header,
+    info,
+    pad,
+    pair,
+    raw,
+    scalar,
+    strings,
+    text,
+)
+
+HUGE = (1 << 64) - 1
+ARCH = pair("general.architecture", STRING, text("llama"))
+DATA = bytes(128)
+GOOD = build([ARCH], [f32("a.weight", 8, 4), f32("b.weight", 8)])
+META_END = len(header()) + len(ARCH)
+
+
+def alignment(value: int, kind: int = U32) -> bytes:
+    return pair("general.alignment", kind, scalar(kind, value))
+
+
+def nested(depth: int) -> bytes:
+    body = array(U8, [1])
+    for _ in range(depth):
+        body = struct.pack("<IQ", ARRAY, 1) + body
+    return body
+
+
+# name: (bytes, part of the message, tensor or key that must be named)
+CASES = {
+    "empty": (b"", "non-empty", ""),
+    "one byte": (b"G", "starts with 'GGUF'", ""),
+    "magic only": (b"GGUF", "truncated", ""),
+    "other magic": (b"GGML" + GOOD[4:], "starts with 'GGUF'", ""),
+    "safetensors": (struct.pack("<Q", 2) + b"{}" + bytes(40), "starts with 'GGUF'", ""),
+    "zip": (b"PK\x03\x04" + bytes(60), "starts with 'GGUF'", ""),
+    "lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "LFS", ""),
+    "swapped magic": (b"FUGG" + GOOD[4:], "starts with 'GGUF'", ""),
+    "version 0": (header(0), "version 0", ""),
+    "version 1": (header(1), "version 1", ""),
+    "version 4": (header(4), "version 4", ""),
+    "version huge": (header((1 << 32) - 1), "version 4294967295", ""),
+    "big endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian", ""),
+    "tensor count over cap": (raw(tensors=HUGE), "tensors; at most", ""),
+    "tensor count past end": (raw(tensors=1000), "1000 tensors", ""),
+    "key count over cap": (raw(keys=HUGE), "keys; at most", ""),
+    "key count past end": (raw(keys=1000), "1000 keys", ""),
+    "key count one too many": (raw(pairs=[ARCH], keys=2, data=DATA), "key 1", ""),
+    "key count one too few": (raw(pairs=[ARCH, alignment(32)], keys=1, tensors=1), "tensor", ""),
+    "tensor count one too many": (raw([info("a", [32])], tensors=2, data=DATA), "tensor 1", ""),
+    "key of length 0": (raw(pairs=[pair("", U8, b"\1")], data=DATA), "key 0 of 0 bytes", ""),
+    "key length over cap": (
+        raw(pairs=[struct.pack("<Q", 65536) + b"a" * 65536 + b"\0" * 5], data=DATA),
+        "65536 bytes",
+        "",
+    ),
+    "key length huge": (raw(pairs=[struct.pack("<Q", HUGE) + bytes(40)]), "bytes", ""),
+    "key length past end": (raw(pairs=[struct.pack("<Q", 60000) + bytes(40)]), "60000 bytes", ""),
+    "key no utf8": (raw(pairs=[pair(b"\xff\xfe", U8, b"\1")], data=DATA), "UTF-8", ""),
+    "key not ascii": (raw(pairs=[pair("clé", U8, b"\1")], data=DATA), "ASCII", ""),
+    "key with newline": (raw(pairs=[pair("a\nb", U8, b"\1")], data=DATA), "printable", ""),
+    "key with nul": (raw(pairs=[pair("a\0b", U8, b"\1")], data=DATA), "printable", ""),
+    "key twice": (build([ARCH, ARCH]), "twice", "general.architecture"),
+    "value type 13": (raw(pairs=[pair("k", 13, bytes(8))], data=DATA), "value type 13", "k"),
+    "value type huge": (raw(pairs=[pair("k", 1 << 31, b"")], data=DATA), "value type", "k"),
+    "string length huge": (raw(pairs=[pair("k", STRING, struct.pack("<Q", HUGE))]), "'k'", ""),
+    "string length past end": (
+        raw(pairs=[pair("k", STRING, struct.pack("<Q", 1 << 40))]),
+        "1099511627776 bytes",
+        "",
+    ),
+    "string cut": (raw(pairs=[pair("k", STRING, struct.pack("<Q", 99) + b"x")]), "99 bytes", ""),
+    "array element type": (
+        raw(pairs=[pair("k", ARRAY, struct.pack("<IQ", 99, 1))], data=DATA),
+        "elements of type 99",
+        "",
+    ),
+    "array count huge": (
+        raw(pairs=[pair("k", ARRAY, struct.pack("<IQ", U8, HUGE))], data=DATA),
+        "'k'",
+        "",
+    ),
+    "array count overflows": (
+        raw(pairs=[pair("k", ARRAY, struct.pack("<IQ", U64, 1 << 61))], data=DATA),
+        "'k'",
+        "",
+    ),
+    "array count past end": (
+        raw(pairs=[pair("k", ARRAY, struct.pack("<IQ", I32, 100))], data=DATA),
+        "400 bytes",
+        "",
+    ),
+    "string array count huge": (
+        raw(pairs=[pair("k", ARRAY, struct.pack("<IQ", STRING, HUGE))], data=DATA),
+        "at most",
+        "",
+    ),
+    "string array count past end": (
+        raw(pairs=[pair("k", ARRAY, struct.pack("<IQ", STRING, 100000))], data=DATA),
+        "100000 elements",
+        "",
+    ),
+    "string array cut": (
+        header(keys=1) + pair("k", ARRAY, struct.pack("<IQ", STRING, 2) + text("a" * 30)),
+        "middle of a string",
+        "",
+    ),
+    "string in array huge": (
+        raw(pairs=[pair("k", ARRAY, struct.pack("<IQQ", STRING, 1, HUGE))], data=DATA),
+        "string of",
+        "",
+    ),
+    "string array over cap": (
+        raw(pairs=[strings("k", [b""] * 600_000), strings("l", [b""] * 600_000)]),
+        "at most 1048576",
+        "",
+    ),
+    "arrays nested deep": (raw(pairs=[pair("k", ARRAY, nested(3))], data=DATA), "nested", ""),
+    "arrays nested 10000 deep": (
+        raw(pairs=[pair("k", ARRAY, nested(10_000))], data=DATA),
+        "nested",
+        "",
+    ),
+    "inner array count huge": (
+        raw(pairs=[pair("k", ARRAY, struct.pack("<IQIQ", ARRAY, 1, U8, HUGE))], data=DATA),
+        "'k'",
+        "",
+    ),
+    "inner arrays by the million": (
+        raw(pairs=[pair("k", ARRAY, struct.pack("<IQ", ARRAY, 1 << 21) + bytes(24 << 20))]),
+        "at most 1048576",
+        "",
+    ),
+    "alignment 0": (build([alignment(0)]), "power of two", "general.alignment"),
+    "alignment 3": (build([alignment(3)]), "power of two", "general.alignment"),
+    "alignment 4": (build([alignment(4)]), "at least 8", "general.alignment"),
+    "alignment 48": (build([alignment(48)]), "power of two", "general.alignment"),
+    "alignment of u16": (build([alignment(32, U16)]), "uint16 32", "general.alignment"),
+    "alignment of u64": (build([alignment(32, U64)]), "uint64 32", "general.alignment"),
+    "alignment of float": (build([alignment(32.0, F32)]), "float32", "general.alignment"),
+    "alignment of string": (
+        build([pair("general.alignment", STRING, text("32"))]),
+        "string 32",
+        "general.alignment",
+    ),
+    "alignment huge": (
+        raw([info("a", [8])], [alignment(1 << 31)], DATA),
+        "inside the file",
+        "a",
+    ),
+    "alignment array": (
+        build([pair("general.alignment", ARRAY, array(U32, [32]))]),
+        "array of uint32",
+        "general.alignment",
+    ),
+    "tensor name empty": (raw([info("", [8])], data=DATA), "0 bytes", ""),
+    "tensor name of 65 bytes": (raw([info("a" * 65, [8])], data=DATA), "65 bytes", ""),
+    "tensor name no utf8": (raw([info(b"\xc3\x28", [8])], data=DATA), "UTF-8", ""),
+    "tensor name with escape": (raw([info("a\x1b[2J", [8])], data=DATA), "printable", ""),
+    "tensor name length huge": (
+        raw([struct.pack("<Q", HUGE) + bytes(40)], data=DATA),
+        "bytes; 1 to 64",
+        "",
+    ),
+    "tensor twice": (
+        raw([info("a", [8]), info("a", [8], offset=32)], data=DATA),
+        "unique",
+        "a",
+    ),
+    "no dimensions": (raw([info("a", [])], data=DATA), "0 dimensions", "a"),
+    "five dimensions": (raw([info("a", [1] * 5)], data=DATA), "5 dimensions", "a"),
+    "4 billion dimensions": (raw([info("a", [8], rank=(1 << 32) - 1)], data=DATA), "1 to 4", "a"),
+    "dimension 0": (raw([info("a", [8, 0])], data=DATA), "at least 1", "a"),
+    "dimension huge": (raw([info("a", [HUGE])], data=DATA), "62 bits", "a"),
+    "product wraps to 0": (raw([info("a", [1 << 32, 1 << 32])], data=DATA), "62 bits", "a"),
+    "product wraps to 8": (
+        raw([info("a", [(1 << 63) + 4, 2])], data=DATA),
+        "62 bits",
+        "a",
+    ),
+    "product of four huge": (raw([info("a", [1 << 62] * 4)], data=DATA), "62 bits", "a"),
+    "product past end": (raw([info("a", [1 << 40])], data=DATA), "inside the file", "a"),
+    "type 4 removed": (raw([info("a", [32], 4)], data=DATA), "element type 4", "a"),
+    "type 5 removed": (raw([info("a", [32], 5)], data=DATA), "element type 5", "a"),
+    "type 31 removed": (raw([info("a", [32], 31)], data=DATA), "element type 31", "a"),
+    "type 36 removed": (raw([info("a", [32], 36)], data=DATA), "element type 36", "a"),
+    "type 41 unverified": (raw([info("a", [128], 41)], data=DATA), "Q1_0", "a"),
+    "type 42 unknown": (raw([info("a", [32], 42)], data=DATA), "element type 42", "a"),
+    "type huge": (raw([info("a", [32], (1 << 32) - 1)], data=DATA), "no such type", "a"),
+    "row of 31 in Q4_0": (raw([info("a", [31], 2)], data=DATA), "blocks of 32", "a"),
+    "row of 128 in Q4_K": (raw([info("a", [128, 2], 12)], data=DATA), "blocks of 256", "a"),
+    "row of 32 in NVFP4": (raw([info("a", [32, 2], 40)], data=DATA), "blocks of 64", "a"),
+    "type lies about bytes": (raw([info("a", [256, 4], 8)], data=DATA), "inside the file", "a"),
+    "offset past end": (raw([info("a", [8], offset=1 << 20)], data=DATA), "inside the file", "a"),
+    "offset huge": (
+        raw([info("a", [8], offset=HUGE - 31)], data=DATA),
+        "inside the file",
+        "a",
+    ),
+    "offset unaligned": (raw([info("a", [8], offset=4)], data=DATA), "multiple of 32", "a"),
+    "offset ends past end": (
+        raw([info("a", [8], offset=0), info("b", [32], offset=32)], data=DATA),
+        "inside the file",
+        "b",
+    ),
+    "same data twice": (
+        raw([info("a", [8]), info("b", [8])], data=bytes(32)),
+        "overlaps",
+        "b",
+    ),
+    "partial overlap": (
+        raw([info("a", [16]), info("b", [16], offset=32)], data=DATA),
+        "overlaps",
+        "b",
+    ),
+    "contained": (
+        raw([info("a", [32]), info("b", [8], offset=64)], data=DATA),
+        "overlaps",
+        "b",
+    ),
+    "hole before": (raw([info("a", [8], offset=32)], data=bytes(64)), "hole", "a"),
+    "hole between": (
+        raw([info("a", [8]), info("b", [8], offset=96)], data=DATA),
+        "hole",
+        "b",
+    ),
+    "trailing bytes": (GOOD + b"x", "1 bytes behind", ""),
+    "trailing megabytes": (GOOD + bytes(1 << 22), "behind the last tensor", ""),
+    "old quantization": (
+        build(
+            [pair("general.quantization_version", U32, scalar(U32, 1))],
+            [f32("a", 8)._replace(dims=(32,), kind=2, data=bytes(18))],
+        ),
+        "version 2",
+        "general.quantization_version",
+    ),
+    "split count 0": (build([pair("split.count", U16, scalar(U16, 0))]), "positive", "split.count"),
+    "split count text": (
+        build([pair("split.count", STRING, text("three"))]),
+        "positive",
+        "split.count",
+    ),
+    "split without its name": (build([pair("split.count", U16, scalar(U16, 3))]), "00001-of", ""),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_hostile(name, tmp_path):
+    data, message, subject = CASES[name]
+    path = tmp_path / "model.gguf"
+    path.write_bytes(data)
+    tracemalloc.start()
+    start = time.perf_counter()
+    try:
+        with pytest.raises(FormatError) as error:
+            open_gguf(path)
+        seconds = time.perf_counter() - start
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert message in str(error.value)
+    assert error.value.where.startswith(f"{path}: {subject}" if subject else str(path))
+    assert peak < 64 << 20
+    # tracemalloc slows the reader down several times; alone it stays under a second.
+    assert seconds < 3
+
+
+def test_the_good_file_is_good(tmp_path):
+    """The cases above differ from this one only in their lie."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(GOOD)
+    assert list(open_gguf(path).tensors) == ["a.weight", "b.weight"]
+
+
+def test_every_truncation_is_refused(tmp_path):
+    path = tmp_path / "model.gguf"
+    # The last tensor ends at the last 32 bytes: b.weight has exactly 32.
+    for size in range(len(GOOD)):
+        path.write_bytes(GOOD[:size])
+        with pytest.raises(FormatError) as error:
+            open_gguf(path)
+        assert str(path) in error.value.where
+
+
+def test_every_flipped_header_byte_is_refused_or_read(tmp_path):
+    """No flip of a header byte raises anything but FormatError."""
+    path = tmp_path / "model.gguf"
+    refused = 0
+    for i in range(len(GOOD) - 160):
+        for flip in (0xFF, 0x01):
+            data = bytearray(GOOD)
+            data[i] ^= flip
+            path.write_bytes(data)
+            try:
+                file = open_gguf(path)
+                dict(file.metadata)
+            except FormatError:
+                refused += 1
+    assert refused > 250
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "body", "message"),
+    [
+        ("k", STRING, text(b"\xff\xff"), "UTF-8"),
+        ("k", ARRAY, array(STRING, [b"ok", b"\xc3\x28"]), "UTF-8"),
+        ("k", BOOL, b"\x02", "bool of value 2"),
+        ("k", ARRAY, array(BOOL, [0, 1, 7]), "bool of value 7"),
+    ],
+)
+def test_bad_values_are_refused_when_asked_for(key, kind, body, message, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(build([pair(key, kind, body)]))
+    metadata = open_gguf(path).metadata
+    with pytest.raises(FormatError, match=message) as error:
+        _ = metadata[key]
+    assert error.value.where == f"{path}: {key}"
+
+
+def test_header_larger_than_the_cap(tmp_path, monkeypatch):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(build([pair("k", STRING, text("x" * 5000))], [f32("a", 8)]))
+    assert open_gguf(path).metadata["k"] == "x" * 5000
+    monkeypatch.setattr(gguf_metadata, "MAX_HEADER_BYTES", 4096)
+    with pytest.raises(FormatError, match="a header has at most 4096 bytes"):
+        open_gguf(path)
+
+
+def test_many_tensors_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_header, "MAX_TENSORS", 4)
+    path = tmp_path / "model.gguf"
+    path.write_bytes(build([], [f32(f"t{i}", 8) for i in range(5)]))
+    with pytest.raises(FormatError, match="5 tensors"):
+        open_gguf(path)
+
+
+def test_reading_a_large_vocabulary_takes_under_a_second(tmp_path):
+    path = tmp_path / "model.gguf"
+    words = [b"token%d" % i for i in range(400_000)]
+    path.write_bytes(pad(build([strings("tokenizer.ggml.tokens", words)])))
+    start = time.perf_counter()
+    file = open_gguf(path)
+    assert time.perf_counter() - start < 1
+    assert file.metadata["tokenizer.ggml.tokens"][-1] == "token399999"
+
+
+@pytest.mark.parametrize("path", ["missing.gguf", "."])
+def test_no_file(path, tmp_path):
+    with pytest.raises(FormatError):
+        open_gguf(tmp_path / path)
