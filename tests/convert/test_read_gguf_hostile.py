@@ -274,20 +274,20 @@ def test_hostile(name, tmp_path):
     data, message, subject = CASES[name]
     path = tmp_path / "model.gguf"
     path.write_bytes(data)
-    tracemalloc.start()
-    start = time.perf_counter()
-    try:
-        with pytest.raises(FormatError) as error:
-            open_gguf(path)
-        seconds = time.perf_counter() - start
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    # Time of this process: the machine may be busy.  Traced separately, because tracing is slow.
+    start = time.process_time()
+    with pytest.raises(FormatError) as error:
+        open_gguf(path)
+    assert time.process_time() - start < 1
     assert message in str(error.value)
     assert error.value.where.startswith(f"{path}: {subject}" if subject else str(path))
-    assert peak < 64 << 20
-    # tracemalloc slows the reader down several times; alone it stays under a second.
-    assert seconds < 3
+    tracemalloc.start()
+    try:
+        with pytest.raises(FormatError):
+            open_gguf(path)
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_good_file_is_good(tmp_path):
@@ -363,9 +363,9 @@ def test_reading_a_large_vocabulary_takes_under_a_second(tmp_path):
     path = tmp_path / "model.gguf"
     words = [b"token%d" % i for i in range(400_000)]
     path.write_bytes(pad(build([strings("tokenizer.ggml.tokens", words)])))
-    start = time.perf_counter()
+    start = time.process_time()
     file = open_gguf(path)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert file.metadata["tokenizer.ggml.tokens"][-1] == "token399999"
 
 
