@@ -68,6 +68,20 @@ def build_model(
     return _Builder(config, Source(described, shapes, load, place, devices), dtype).model()
 
 
+def required_tensors(
+    config: ModelConfig,
+) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]]]:
+    """What a model of this config needs, without optional biases and cache scales.
+
+    Returns:
+        ``(out, in)`` of every linear by module path, and the shape of every other array by tensor
+        name.
+    """
+    source = Source({}, {})
+    _Builder(config, source, jnp.float32).model()
+    return source.asked_weights, source.asked_arrays
+
+
 class _Builder:
     """One pass over the module tree."""
 

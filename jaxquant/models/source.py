@@ -42,6 +42,8 @@ def ranges(numbers: Sequence[int]) -> str:
 class Source:
     """Weights by module path and arrays by tensor name.
 
+    ``asked_weights`` and ``asked_arrays`` list what the model wanted, with shapes, found or not.
+
     Args:
         weights: abstract ``[out, in]`` QTensor of every linear, by module path.
         arrays: every other array, abstract, by tensor name (``model.norm.weight``).
@@ -66,6 +68,8 @@ class Source:
         self.problems: list[str] = []
         self.taken: set[str] = set()
         self.absent: set[str] = set()
+        self.asked_weights: dict[str, tuple[int, int]] = {}
+        self.asked_arrays: dict[str, tuple[int, ...]] = {}
 
     def has(self, name: str) -> bool:
         """Whether there is a weight or an array of this name."""
@@ -99,6 +103,7 @@ class Source:
     def array(self, name: str, shape: tuple[int, ...] | None, why: str = "") -> Any:
         """Take an array; ``shape`` None takes any, ``why`` says where the shape comes from."""
         expected = f"{list(shape) if shape is not None else 'an array'}{why and f' = {why}'}"
+        self.asked_arrays[name] = shape or ()
         if name not in self.arrays:
             self._missing(name, expected)
             return jax.ShapeDtypeStruct(shape or (), jnp.float32)
@@ -117,6 +122,7 @@ class Source:
 
     def _described(self, path: str, out: int, inn: int, why: str) -> QTensor | None:
         expected = f"{[out, inn]} (out, in){why and f' = {why}'}"
+        self.asked_weights[path] = (out, inn)
         if path not in self.weights:
             self._missing(path, expected)
             return None
@@ -156,6 +162,7 @@ class Source:
             column = []
             for expert in range(count):
                 path = f"{prefix}.{expert}.{name}"
+                self.asked_weights[path] = (out, inn)
                 found = self._described(path, out, inn, "") if path in self.weights else None
                 column.append(
                     found if found is not None and found.shape == (out, inn) else placeholder

@@ -1,0 +1,206 @@
+"""``quantize_model``: quantize the linears of a model that is already built."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxquant.arrays.qtensor import QTensor
+from jaxquant.arrays.scheme import Scheme
+from jaxquant.errors import ConfigError
+from jaxquant.nn.linear import Linear, QWeight
+from jaxquant.nn.moe import PROJECTIONS, Experts
+from jaxquant.transforms.experts import bank_experts, expert_weight, plan_experts
+from jaxquant.transforms.numeric import dequantize, quantize
+from jaxquant.transforms.structure import to_axes
+
+M = TypeVar("M", bound=nnx.Module)
+
+REFUSED = {
+    nnx.LinearGeneral: "it may contract several axes",
+    nnx.Einsum: "its contraction is an einsum",
+}
+"""Layers that look like a linear but whose weight has no single in and out axis."""
+
+
+def quantize_model(model: M, rules: Mapping[str, Scheme | str | None]) -> M:
+    """Return a copy of an NNX model with quantized linears.
+
+    Every ``nnx.Linear``, and every linear and expert of jaxquant's own models, whose path matches a
+    rule is quantized by round-to-nearest.  A path joins attribute names and list indices with dots
+    (``blocks.0.up``); an expert is ``model.layers.1.mlp.experts.3.down_proj``.  Embeddings, routers
+    and norms are no linears.  A layer that stands in several places is quantized once, by its first
+    path.
+
+    Args:
+        model: any NNX model; it is left as it was, and arrays that no rule touches are shared.
+        rules: regular expression -> scheme (or its name), None to leave a layer as it is.  An
+            expression may match anywhere in the path (anchor it with ``^`` and ``$``); the first
+            rule that matches decides.
+    Returns:
+        The copy.
+    Raises:
+        ConfigError: a rule that matches no layer, a scheme that does not fit a layer, a matched
+            layer that is quantized already or cannot be (LinearGeneral, Einsum, a subclass).
+    """
+    chooser = _Rules(rules)
+    copy = nnx.clone(model)
+    if _is_linear(copy):
+        raise ConfigError("quantize_model", "a single layer", "a model that contains layers")
+    replaced: dict[int, Linear] = {}
+    # The walk is finished before anything is replaced: replacing changes what it walks over.
+    for path, parent, name, child in list(_children(copy)):
+        if id(child) in replaced:
+            _set(parent, name, replaced[id(child)])
+        elif isinstance(child, Experts):
+            _quantize_experts(path, child, chooser)
+        elif (new := _quantized(path, child, chooser)) is not None:
+            replaced[id(child)] = new
+            _set(parent, name, new)
+    chooser.finish()
+    return copy
+
+
+class _Rules:
+    """Compiled rules that remember which of them matched."""
+
+    def __init__(self, rules: Mapping[str, Scheme | str | None]) -> None:
+        self.rules: list[tuple[re.Pattern[str], Scheme | None]] = []
+        for text, scheme in rules.items():
+            parsed = None if scheme is None else Scheme.parse(scheme)
+            try:
+                self.rules.append((re.compile(text), parsed))
+            except re.error as error:
+                raise ConfigError(f"rule {text!r}", f"no regular expression ({error})") from error
+        self.matched: set[str] = set()
+        self.seen: list[str] = []
+
+    def choose(self, path: str) -> Scheme | None:
+        """Scheme of the first rule that matches."""
+        self.seen.append(path)
+        winners = [(p.pattern, scheme) for p, scheme in self.rules if p.search(path)]
+        self.matched.update(pattern for pattern, _ in winners)
+        return winners[0][1] if winners else None
+
+    def finish(self) -> None:
+        """Refuse rules that matched nothing."""
+        for pattern, _ in self.rules:
+            if pattern.pattern not in self.matched:
+                some = ", ".join(self.seen[:8]) + (" ..." if len(self.seen) > 8 else "")
+                raise ConfigError(
+                    f"rule {pattern.pattern!r}",
+                    "it matches no linear layer",
+                    "every rule matches at least one",
+                    f"the layers are: {some or 'none'}",
+                )
+
+
+def _is_linear(module: Any) -> bool:
+    return isinstance(module, (nnx.Linear, Linear, *REFUSED))
+
+
+def _children(root: nnx.Module) -> Iterator[tuple[str, Any, Any, Any]]:
+    """Every module that a rule may match: path, parent, attribute or index, module."""
+    visited: set[int] = set()
+
+    def walk(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any, Any, Any]]:
+        if id(node) in visited:
+            return
+        visited.add(id(node))
+        for name, child in _items(node):
+            where = (*path, str(name))
+            if _is_linear(child) or isinstance(child, Experts):
+                yield ".".join(where), node, name, child
+            elif isinstance(child, (nnx.Module, list, tuple, dict)):
+                yield from walk(child, where)
+
+    yield from walk(root, ())
+
+
+def _items(node: Any) -> list[tuple[Any, Any]]:
+    if isinstance(node, dict):
+        return list(node.items())
+    if isinstance(node, (list, tuple, nnx.List)):
+        return list(enumerate(node))
+    return [(name, child) for name, child in vars(node).items() if not name.startswith("_")]
+
+
+def _set(parent: Any, name: Any, value: Any) -> None:
+    if isinstance(parent, tuple):
+        raise ConfigError(f"layer {name}", "it stands in a tuple", "a list can be changed")
+    if isinstance(parent, (list, dict, nnx.List)):
+        parent[name] = value
+    else:
+        setattr(parent, name, value)
+
+
+def _quantized(path: str, layer: Any, chooser: _Rules) -> Linear | None:
+    """The replacement of one layer, None where no rule matches."""
+    scheme = chooser.choose(path)
+    if scheme is None:
+        return None
+    for kind, reason in REFUSED.items():
+        if isinstance(layer, kind):
+            rule = f"{reason}, so its weight has no single 'in' and 'out' axis"
+            raise ConfigError(
+                path, f"nnx.{kind.__name__}", rule, "use nnx.Linear, or narrow the rule"
+            )
+    if isinstance(layer, Linear):
+        new = _requantized(path, layer.weight.get_value(), scheme)
+        bias = None if layer.bias is None else layer.bias.get_value()
+        return Linear(new, bias, layer.dtype)
+    if type(layer) is not nnx.Linear:
+        rule = "its own computation would be lost"
+        raise ConfigError(path, f"{type(layer).__name__}, a subclass of nnx.Linear", rule)
+    return _from_nnx(path, layer, scheme)
+
+
+def _from_nnx(path: str, layer: nnx.Linear, scheme: Scheme) -> Linear:
+    kernel = layer.kernel.get_value()
+    weight = to_axes(_attempt(path, kernel, scheme, ("in", "out")), ("out", "in"))
+    bias = None if layer.bias is None else layer.bias.get_value()
+    # nnx.Linear promotes inputs with its kernel; only a float32 kernel decides the result alone.
+    dtype = layer.dtype
+    if dtype is None and kernel.dtype == jnp.float32:
+        dtype = kernel.dtype
+    return Linear(weight, bias, dtype)
+
+
+def _requantized(path: str, q: QTensor, scheme: Scheme) -> QTensor:
+    if not q.layout.dense:
+        rule = "quantizing a quantized weight again loses what it is"
+        action = "load the unquantized checkpoint, or narrow the rule"
+        raise ConfigError(path, f"{q.layout}", rule, action)
+    return _attempt(path, dequantize(q, axes=q.axes), scheme, q.axes)
+
+
+def _attempt(path: str, weight: jax.Array, scheme: Scheme, axes: tuple[str, ...]) -> QTensor:
+    try:
+        return quantize(weight, scheme, axes)
+    except ConfigError as error:
+        raise ConfigError(path, error.found, error.rule, error.action) from error
+
+
+def _quantize_experts(path: str, experts: Experts, chooser: _Rules) -> None:
+    """Quantize the matched experts of one layer and bank them anew, in place in the copy."""
+    plan = experts.plan
+    columns: list[list[QTensor]] = []
+    changed = False
+    for name in PROJECTIONS:
+        bank = getattr(experts, name).get_value()
+        column = []
+        for expert in range(plan.experts):
+            where = f"{path}.{expert}.{name}"
+            weight, scheme = expert_weight(bank, plan, expert), chooser.choose(where)
+            column.append(weight if scheme is None else _requantized(where, weight, scheme))
+            changed |= scheme is not None
+        columns.append(column)
+    if changed:
+        experts.plan = plan_experts(columns, plan.devices, path)
+        for p, name in enumerate(PROJECTIONS):
+            setattr(experts, name, QWeight(bank_experts(experts.plan, p, columns[p].__getitem__)))
