@@ -95,30 +95,19 @@ class QTensor:
         """A short description: weight code and what happens to activations."""
         return self.layout.code.name + (f" x {self.act}" if self.act else "")
 
-    def grids(self) -> dict[str, tuple[Grid, ...] | Grid | None]:
-        """The grid of every leaf that obeys the law, by field; None where the leaf is absent."""
-        whole = (WHOLE,) * len(self.axes)
-        along_in = tuple(1 if axis == "in" else WHOLE for axis in self.axes)
-        return {
-            "data": self.layout.data,
-            "scales": self.layout.scales,
-            "zeros": self.layout.zeros,
-            "act_scale": None if self.act_scale is None else whole,
-            "act_zero": None if self.act_zero is None else whole,
-            "pre_scale": None if self.pre_scale is None else along_in,
-        }
-
     def map(self, change: Callable[[Any, Grid], Any], **replace: Any) -> QTensor:
         """Apply ``change(leaf, grid)`` to all lawful leaves; ``replace`` sets other fields."""
-        fields: dict[str, Any] = {}
-        for name, grids in self.grids().items():
-            leaf = getattr(self, name)
-            if grids is None:
-                continue
-            if isinstance(leaf, tuple):
-                fields[name] = tuple(change(x, g) for x, g in zip(leaf, grids, strict=True))
-            else:
-                fields[name] = change(leaf, grids)
+        layout = self.layout
+        fields: dict[str, Any] = {
+            "data": tuple(map(change, self.data, layout.data)),
+            "scales": tuple(map(change, self.scales, layout.scales)),
+            "zeros": tuple(map(change, self.zeros, layout.zeros)),
+        }
+        whole = (WHOLE,) * len(self.axes)
+        along_in = tuple(1 if axis == "in" else WHOLE for axis in self.axes)
+        for name, grid in (("act_scale", whole), ("act_zero", whole), ("pre_scale", along_in)):
+            if getattr(self, name) is not None:
+                fields[name] = change(getattr(self, name), grid)
         return dataclasses.replace(self, **(fields | replace))
 
     def check(self, where: str = "QTensor") -> QTensor:

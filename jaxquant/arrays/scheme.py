@@ -144,15 +144,13 @@ def _named() -> dict[str, Scheme]:
         "w8a8": Scheme(int8, (1, 0), act=token8),
         "w8a8_b128": Scheme(int8, (128, 128), act=group8),
     }
-    for name, code, group, scale in (
-        ("nvfp4", e2m1, 16, "e4m3"),
-        ("mxfp4", e2m1, 32, "e8m0"),
-        ("mxfp8", e4m3, 32, "e8m0"),
-    ):
-        rounding = "e4m3" if scale == "e4m3" else "mx"
-        act = ActSpec(code, "group", group_size=group, scale_code=rounding)
-        named[name] = Scheme(code, (1, group), act=act, scale_code=scale)
-        named[name + "a16"] = Scheme(code, (1, group), scale_code=scale)
+    two_level = ActSpec(e2m1, "group", group_size=16, scale_code="e4m3")
+    named["nvfp4"] = Scheme(e2m1, (1, 16), act=two_level, scale_code="e4m3")
+    named["nvfp4a16"] = Scheme(e2m1, (1, 16), scale_code="e4m3")
+    for name, code in (("mxfp4", e2m1), ("mxfp8", e4m3)):
+        act = ActSpec(code, "group", group_size=32, scale_code="mx")
+        named[name] = Scheme(code, (1, 32), act=act, scale_code="e8m0")
+        named[name + "a16"] = Scheme(code, (1, 32), scale_code="e8m0")
     return named
 
 

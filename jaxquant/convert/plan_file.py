@@ -4,7 +4,7 @@
 
     mixed_precision:
       base_model_path: DIR        # everything that is not mapped; fp16_path serves too
-      fp8_path: DIR               # also fp16_path, int8_path, int4_path, gptq_int4_path, awq_int4_path
+      fp8_path: DIR               # also fp16_path, int8_path, int4_path, gptq_int4_path ...
       weight_mapping:
         "model.layers.0.self_attn.q_proj.weight": "fp8"
         "model.layers.*.mlp.experts.0.w13_weight": "gptq_int4"
@@ -60,7 +60,7 @@ class PrecisionPlan:
         return None if precision in self.sources else Scheme.parse(precision)
 
 
-class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+class _StrictLoader(yaml.CSafeLoader):
     """Safe loading that refuses duplicate keys."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:

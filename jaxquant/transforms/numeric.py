@@ -189,7 +189,11 @@ def _quantize(w: jax.Array, scheme: Scheme) -> QTensor:
         blocks = blocks + zero * scale
         zeros = (zero[..., 0, :, 0].astype(code.storage),)
     else:
-        stored = jnp.where(amax > 0, amax / code.max, 1.0).astype(scale_dtype)
+        # Integer codes reach one further below zero than above; use it where the extreme is negative.
+        low = -jnp.min(blocks, axis=(-3, -1), keepdims=True) / -code.min
+        high = jnp.max(blocks, axis=(-3, -1), keepdims=True) / code.max
+        widest = jnp.maximum(low, high)
+        stored = jnp.where(amax > 0, widest, 1.0).astype(scale_dtype)
         scale = stored.astype(jnp.float32)
     patterns = encode_values(_unblock(blocks / scale, extents), code)
     axes = ("out", "in")

@@ -1,0 +1,176 @@
+"""The verbs of the command line; imported only when one runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+import jaxquant as jq
+from jaxquant.errors import ConfigError, FormatError
+
+
+def _dtype(name: str) -> Any:
+    if name not in ("bfloat16", "float16", "float32"):
+        raise ConfigError("--dtype", repr(name), "bfloat16, float16 or float32")
+    return jnp.dtype(name)
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    """List every tensor; with a plan, what would load from where."""
+    from jaxquant.convert.inspect import inspect_checkpoint, inspect_plan
+
+    if arguments.plan:
+        report = inspect_plan(arguments.path, arguments.plan)
+    else:
+        report = inspect_checkpoint(arguments.path)
+    if arguments.json:
+        print(json.dumps(report.as_json(), indent=1))
+        return
+    _table(str(arguments.path), report.columns, report.rows)
+    print(report.summary)
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    """Write a converted checkpoint."""
+    destination = Path(arguments.destination)
+    if destination.exists():
+        raise FormatError(str(destination), "it exists", "nothing is overwritten")
+    if arguments.scheme:
+        jq.Scheme.parse(arguments.scheme)
+    model = jq.from_pretrained(arguments.source, plan=arguments.plan, dtype=_dtype(arguments.dtype))
+    if arguments.scheme:
+        model = jq.quantize_model(model, {r"model\.layers\..*": arguments.scheme})
+    jq.save_pretrained(model, destination)
+    print(model.report)
+    size = sum(f.stat().st_size for f in destination.rglob("*") if f.is_file())
+    print(f"{destination}: {size / 2**20:.1f} MiB")
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    if arguments.prompt is not None:
+        return [arguments.prompt]
+    prompts = []
+    for number, line in enumerate(Path(arguments.prompts).read_text("utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{arguments.prompts}:{number}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise FormatError(where, f"not JSON ({error})", "one object to a line") from None
+        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+            raise FormatError(where, "no prompt", 'each line is {"prompt": "..."}')
+        prompts.append(record["prompt"])
+    return prompts
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """Continue prompts; JSON lines for a file of prompts, plain text for one."""
+    prompts = _prompts(arguments)
+    model = jq.from_pretrained(arguments.model, dtype=_dtype(arguments.dtype))
+    texts = jq.generate(
+        model,
+        prompts,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    for prompt, text in zip(prompts, texts, strict=True):
+        if arguments.prompts:
+            print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
+        else:
+            print(prompt + text)
+
+
+def _tokens(arguments: argparse.Namespace, model: Any) -> np.ndarray:
+    if arguments.tokens:
+        try:
+            tokens = np.load(arguments.tokens, allow_pickle=False)
+        except ValueError as error:
+            raise FormatError(arguments.tokens, f"no NumPy array ({error})", ".npy") from None
+        if tokens.dtype.kind not in "iu":
+            raise FormatError(arguments.tokens, f"dtype {tokens.dtype}", "token ids are integers")
+        return tokens
+    if model.tokenizer is None:
+        raise ConfigError("--text", "the model has no tokenizer", action="use --tokens")
+    return np.asarray(model.tokenizer.encode(Path(arguments.text).read_text("utf-8")), np.int32)
+
+
+def eval(arguments: argparse.Namespace) -> None:
+    """Print the perplexity."""
+    model = jq.from_pretrained(arguments.model, dtype=_dtype(arguments.dtype))
+    tokens = _tokens(arguments, model)
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("windows", total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        value = jq.perplexity(
+            model, tokens, window=arguments.window, windows=arguments.windows, progress=show
+        )
+    print(f"perplexity {value:.4f}")
+
+
+def explain(arguments: argparse.Namespace) -> None:
+    """Print which kernel runs each weight."""
+    model = jq.from_pretrained(arguments.model)
+    print(jq.explain(model, batch=arguments.batch))
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    """Print prefill and decode rates."""
+    model = jq.from_pretrained(arguments.model, dtype=_dtype(arguments.dtype))
+    rng = np.random.default_rng(0)
+    shape = (arguments.batch, arguments.prompt_tokens)
+    prompts = rng.integers(0, model.config.vocab_size, shape).tolist()
+    rows = []
+    for name, new, tokens in (
+        ("prefill", 1, arguments.batch * arguments.prompt_tokens),
+        ("prefill + decode", arguments.new_tokens, arguments.batch * arguments.new_tokens),
+    ):
+        seconds = seconds_of(lambda n=new: jq.generate(model, prompts, max_new_tokens=n, eos=()))
+        rows.append([name, f"{1000 * seconds:.1f}", f"{tokens / seconds:.0f}"])
+    _table(f"batch {arguments.batch}", ["phase", "ms", "tokens/s"], rows)
+
+
+def seconds_of(call: Any, repeats: int = 3) -> float:
+    """Median wall time of ``call()`` in seconds, after one call that compiles."""
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[repeats // 2]
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    """The main job on the bundled model."""
+    from jaxquant.demo import run
+
+    columns, rows = run(Path(arguments.out))
+    _table("tiny-qwen3-moe, quantized here", columns, rows)
+    print(f"table and plot: {arguments.out}/")

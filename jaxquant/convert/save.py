@@ -1,0 +1,209 @@
+"""Saving and restoring converted models: an Orbax checkpoint beside ``layouts.json``.
+
+Orbax stores arrays and knows no layouts, so ``layouts.json`` keeps the model's config and every
+weight's static description; restoring builds the abstract model from it and lets Orbax fill it,
+onto any sharding.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxquant.arrays.bank import ExpertBank
+from jaxquant.arrays.qtensor import QTensor
+from jaxquant.convert.static_json import from_json, to_json
+from jaxquant.errors import FormatError
+from jaxquant.models import CausalLM, build_model
+from jaxquant.nn.moe import Experts
+
+LAYOUTS_FILE = "layouts.json"
+ARRAYS_FOLDER = "arrays"
+VERSION = 1
+_LEAVES = ("data", "scales", "zeros", "perm", "act_scale", "act_zero", "pre_scale")
+
+Place = Callable[[str, Any], Any]
+
+
+def is_saved(path: str | Path) -> bool:
+    """Whether ``path`` is a directory that :func:`save_pretrained` wrote."""
+    return (Path(path) / LAYOUTS_FILE).is_file()
+
+
+def describe(model: CausalLM) -> tuple[dict[str, QTensor], dict[str, Any]]:
+    """The names a model is built from: abstract weights by module path, abstract arrays by name."""
+    weights: dict[str, QTensor] = {}
+    arrays: dict[str, Any] = {}
+    plans = {path: node.plan for path, node in nnx.iter_graph(model) if isinstance(node, Experts)}
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        name, value = ".".join(map(str, path)), variable.get_value()
+        if isinstance(value, ExpertBank):
+            plan = plans[path[:-1]]
+            prefix, projection = name.rsplit(".", 1)
+            for expert in range(plan.experts):
+                local = int(plan.positions[expert]) % plan.local
+                part = next(
+                    part
+                    for run, part in zip(value.runs, value.parts, strict=True)
+                    if run.start <= local < run.stop
+                )
+                one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), part)
+                weights[f"{prefix}.{expert}.{projection}"] = one
+        elif isinstance(value, QTensor):
+            abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), value)
+            weights[name.removesuffix(".weight")] = abstract
+        else:
+            arrays[name] = jax.ShapeDtypeStruct(value.shape, value.dtype)
+    return weights, arrays
+
+
+def _leaf_json(q: QTensor) -> dict[str, Any]:
+    def show(leaf: Any) -> Any:
+        if isinstance(leaf, tuple):
+            return [show(item) for item in leaf]
+        return None if leaf is None else [str(leaf.dtype), list(leaf.shape)]
+
+    return {name: show(getattr(q, name)) for name in _LEAVES}
+
+
+def _leaf_struct(data: Any, tuple_field: bool) -> Any:
+    if data is None:
+        return None
+    if tuple_field:
+        return tuple(_leaf_struct(item, False) for item in data)
+    return jax.ShapeDtypeStruct(tuple(data[1]), jnp.dtype(data[0]))
+
+
+def _state_leaves(model: CausalLM) -> tuple[dict[str, Any], Any]:
+    """Arrays of a model by a readable path, and the tree to put them back into."""
+    _, state = nnx.split(model)
+    pairs, tree = jax.tree.flatten_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): a for path, a in pairs}, tree
+
+
+def save_pretrained(model: CausalLM, path: str | Path) -> None:
+    """Write a model so that :func:`jaxquant.from_pretrained` restores it exactly.
+
+    Everything is written to a temporary directory beside ``path``, which is renamed at the end.
+
+    Args:
+        model: a model with real weights.
+        path: a directory that does not exist yet.
+    Raises:
+        FormatError: ``path`` exists.
+    """
+    import orbax.checkpoint as ocp
+
+    path = Path(path).resolve()
+    if path.exists():
+        raise FormatError(
+            str(path), "it exists", "nothing is overwritten", "choose another directory"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights, arrays = describe(model)
+    table: list[Any] = []
+    index: dict[str, int] = {}
+    entries: dict[str, int] = {}
+    for name, q in weights.items():
+        entry = {"layout": to_json(q.layout), "act": to_json(q.act), "leaves": _leaf_json(q)}
+        key = json.dumps(entry, sort_keys=True)
+        if key not in index:
+            index[key] = len(table)
+            table.append(entry)
+        entries[name] = index[key]
+    document = {
+        "version": VERSION,
+        "config": to_json(model.config),
+        "dtype": str(model.dtype),
+        "layouts": table,
+        "weights": entries,
+        "arrays": {name: [str(a.dtype), list(a.shape)] for name, a in arrays.items()},
+    }
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(temporary / ARRAYS_FOLDER, _state_leaves(model)[0])
+        (temporary / LAYOUTS_FILE).write_text(json.dumps(document, indent=1), encoding="utf-8")
+        if model.tokenizer is not None:
+            model.tokenizer.save(temporary)
+        temporary.chmod(0o755)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _read_layouts(path: Path) -> dict[str, Any]:
+    file = path / LAYOUTS_FILE
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(
+            str(file), f"not valid JSON ({error})", action="convert it again"
+        ) from None
+    if not isinstance(document, dict) or document.get("version") != VERSION:
+        version = document.get("version") if isinstance(document, dict) else None
+        raise FormatError(
+            str(file), f"version {version!r}", f"this is version {VERSION}", "convert it again"
+        )
+    return document
+
+
+def load_saved(path: str | Path, place: Place | None = None, dtype: Any = None) -> CausalLM:
+    """Restore what :func:`save_pretrained` wrote.
+
+    Args:
+        path: its directory.
+        place: ``place(name, abstract value) -> value of shardings``, for each leaf of the model; by
+            default everything goes to the default device.
+        dtype: compute dtype; by default the saved one.
+    Raises:
+        FormatError: the description is damaged or of another version, or arrays are missing.
+    """
+    import orbax.checkpoint as ocp
+
+    path = Path(path).resolve()
+    where = str(path / LAYOUTS_FILE)
+    document = _read_layouts(path)
+    try:
+        table = [
+            QTensor(
+                layout=from_json(entry["layout"], where),
+                act=from_json(entry["act"], where),
+                **{
+                    name: _leaf_struct(entry["leaves"][name], name in ("data", "scales", "zeros"))
+                    for name in _LEAVES
+                },
+            )
+            for entry in document["layouts"]
+        ]
+        weights = {name: table[i] for name, i in document["weights"].items()}
+        arrays = {name: _leaf_struct(a, False) for name, a in document["arrays"].items()}
+        config = from_json(document["config"], where)
+        saved_dtype = document["dtype"]
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        found = f"a damaged description ({type(error).__name__}: {error})"
+        raise FormatError(where, found, action="convert the checkpoint again") from None
+    model = build_model(config, weights, arrays, dtype=dtype or saved_dtype)
+    leaves, tree = _state_leaves(model)
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    targets = {
+        name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place(name, a) if place else default)
+        for name, a in leaves.items()
+    }
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            restored = checkpointer.restore(path / ARRAYS_FOLDER, targets)
+    except (ValueError, KeyError, OSError) as error:
+        found = f"arrays cannot be restored ({str(error).splitlines()[0]})"
+        raise FormatError(str(path / ARRAYS_FOLDER), found, action="convert it again") from None
+    nnx.update(model, jax.tree.unflatten(tree, [restored[name] for name in leaves]))
+    return model

@@ -1,0 +1,73 @@
+"""Static descriptions (configs, layouts, schemes) as JSON and back, exactly.
+
+Frozen dataclasses become objects with their class name under ``"@"``; nothing but the classes
+listed here is ever built from a file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jaxquant.arrays.codes import CODES, Code
+from jaxquant.arrays.layout import Layout
+from jaxquant.arrays.scheme import ActSpec
+from jaxquant.errors import FormatError
+from jaxquant.models.config import LatentConfig, ModelConfig, MoEConfig
+from jaxquant.nn.mla import LatentHeads
+from jaxquant.nn.moe import Routing
+from jaxquant.nn.rope import Rope
+
+_CLASSES = {
+    cls.__name__: cls
+    for cls in (ActSpec, LatentConfig, LatentHeads, Layout, ModelConfig, MoEConfig, Rope, Routing)
+}
+
+
+def to_json(value: Any) -> Any:
+    """Plain JSON data of a static value: numbers, strings, tuples, codes, known dataclasses.
+
+    Raises:
+        TypeError: the value has a part that is none of these.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Code):
+        return {"@": "Code", "name": value.name}
+    if isinstance(value, tuple):
+        return [to_json(item) for item in value]
+    if type(value).__name__ in _CLASSES:
+        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"@": type(value).__name__, **fields}
+    raise TypeError(f"{type(value).__name__} is no static description")
+
+
+def from_json(data: Any, where: str) -> Any:
+    """Inverse of :func:`to_json`; lists become tuples.
+
+    Raises:
+        FormatError: an unknown class, code or field.
+    """
+    if isinstance(data, list):
+        return tuple(from_json(item, where) for item in data)
+    if not isinstance(data, dict):
+        return data
+    fields = dict(data)
+    name = fields.pop("@", None)
+    if name == "Code" and fields.get("name") in CODES:
+        return CODES[fields["name"]]
+    cls = _CLASSES.get(name) if isinstance(name, str) else None
+    if cls is None:
+        known = ", ".join(_CLASSES)
+        raise FormatError(
+            where, f"a description of {name!r} {fields.get('name', '')}", f"known: {known}"
+        )
+    expected = {f.name for f in dataclasses.fields(cls)}
+    if set(fields) != expected:
+        difference = sorted(set(fields) ^ expected)
+        raise FormatError(
+            where,
+            f"{name} with other fields than this version's: {difference}",
+            action="convert the checkpoint again with this version",
+        )
+    return cls(**{key: from_json(item, where) for key, item in fields.items()})

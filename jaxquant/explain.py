@@ -1,0 +1,90 @@
+"""``explain``: what each weight is, which code multiplies it, and why not a faster one."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from flax import nnx
+
+from jaxquant.arrays.bank import ExpertBank
+from jaxquant.arrays.qtensor import QTensor
+from jaxquant.ops.select import Choice, explain_grouped, explain_matmul
+
+COLUMNS = ("path", "shape", "layout", "activations", "runs on", "MiB", "why not faster")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One weight.
+
+    Attributes:
+        path: module path; "" for a lone QTensor.
+        shape: logical shape.
+        layout: the layout in words.
+        activations: how they are quantized, "-" for not at all.
+        kernel: what runs.
+        nbytes: bytes of the weight's leaves.
+        reasons: every faster kernel's name and why it does not run.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    layout: str
+    activations: str
+    kernel: str
+    nbytes: int
+    reasons: tuple[tuple[str, str], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Rows for every weight; prints as a table in which equal neighbours are folded."""
+
+    rows: tuple[Row, ...]
+    batch: int
+
+    def __str__(self) -> str:
+        cells = [COLUMNS]
+        for row in self.rows:
+            why = "; ".join(f"{name}: {reason}" for name, reason in row.reasons)
+            shape = "x".join(map(str, row.shape))
+            size = f"{row.nbytes / 2**20:.2f}"
+            cells.append(
+                (row.path, shape, row.layout, row.activations, row.kernel, size, why or "-")
+            )
+        widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS) - 1)]
+        lines = [
+            "  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[-1]])
+            for line in cells
+        ]
+        total = sum(row.nbytes for row in self.rows) / 2**20
+        return "\n".join([*lines, f"{len(self.rows)} weights, {total:.2f} MiB, batch {self.batch}"])
+
+
+def _row(path: str, q: QTensor, choice: Choice) -> Row:
+    act = str(q.act) if q.act else "-"
+    return Row(path, q.shape, str(q.layout), act, choice.kernel, q.nbytes, choice.reasons)
+
+
+def explain(model_or_q: Any, batch: int = 1) -> Explanation:
+    """Say for every weight which code multiplies it and why no faster one does.
+
+    Args:
+        model_or_q: a QTensor, or any NNX model that holds QTensors.
+        batch: rows of activations that the matmuls see.
+    Returns:
+        An Explanation: ``rows`` to compute with, ``str()`` to read.
+    """
+    if isinstance(model_or_q, QTensor):
+        return Explanation((_row("", model_or_q, explain_matmul(model_or_q, batch)),), batch)
+    rows: list[Row] = []
+    for path, variable in nnx.to_flat_state(nnx.state(model_or_q)):
+        name, value = ".".join(map(str, path)), variable.get_value()
+        if isinstance(value, QTensor):
+            rows.append(_row(name, value, explain_matmul(value, batch)))
+        elif isinstance(value, ExpertBank):
+            for run, part in zip(value.runs, value.parts, strict=True):
+                where = f"{name}[{run.start}:{run.stop}]"
+                rows.append(_row(where, part, explain_grouped(part, batch)))
+    return Explanation(tuple(rows), batch)
