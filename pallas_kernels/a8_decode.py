@@ -90,6 +90,8 @@ class DecodeConfig(Config):
             return f"N={problem.n} is no multiple of {CHANNELS * self.channels} channels"
         if problem.k % (step * self.cluster) or problem.k // step // self.cluster < self.split:
             return f"K={problem.k} does not split into {self.cluster} x {self.split} runs of {step}"
+        if self.stages < 2 * self.split:
+            return "needs two stages for each share of K: one is released when the next is in use"
         if self.channels * self.split > 7:
             return "a block has at most 7 multiplying warpgroups"
         if self.smem_bytes(problem) * self.occupancy > problem.device.smem:
@@ -106,7 +108,7 @@ def _refuses(problem: Problem) -> str | None:
 def _default(problem: Problem) -> DecodeConfig:
     """Split K until every SM has a block, as far as K and the cluster allow."""
     bm = min(64, max(8, 1 << (problem.m - 1).bit_length()))
-    best = DecodeConfig(bm=bm, stages=4, split=1)
+    best = DecodeConfig(bm, stages=4, split=1)
     for channels, split, cluster in ((2, 1, 1), (1, 2, 1), (1, 1, 1), (1, 2, 2), (1, 1, 2)):
         for stages in (12, 8, 6, 4):
             config = DecodeConfig(bm, stages, 1, channels, split, cluster)
@@ -156,7 +158,7 @@ def matmul(
     promoted, grouped = promotes(problem), problem.x_scale == "1x128"
     steps = k // bk // c.cluster
     # A slot always belongs to the same share of K, so that releases come in order.
-    stages = max(c.split, min(c.stages, steps) // c.split * c.split)
+    stages = min(c.stages // c.split * c.split, round_up(steps, c.split))
     row_tiles, workers = cdiv(m, c.bm), c.channels * c.split
     shape = (CHANNELS, c.bm)
     epilogue = epilogue_of(problem, transposed=True)

@@ -89,6 +89,8 @@ class PrefillConfig(Config):
         registers = rows * self.bn // 128 * (2 if promotes(problem) else 1)
         if registers > (192 if self.warpgroups == 2 else 128):
             return f"needs {registers} accumulator registers a thread"
+        if self.stages < 2:
+            return "needs two stages: one is released when the next is in use"
         if cdiv(problem.m, self.bm) % self.cluster:
             return f"{cdiv(problem.m, self.bm)} row tiles do not divide by cluster {self.cluster}"
         if self.smem_bytes(problem) > problem.device.smem:

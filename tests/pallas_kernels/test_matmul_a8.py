@@ -67,10 +67,11 @@ def test_every_layout(interpret, case, m):
 @pytest.mark.parametrize(
     ("case", "config"),
     [
-        (Case(16, **SMALL), DecodeConfig(bm=16, stages=2, split=2)),
-        (Case(24, n=128, k=640), DecodeConfig(bm=16, stages=3, split=3)),
+        (Case(16, **SMALL), DecodeConfig(bm=16, stages=4, split=2)),
+        (Case(24, n=128, k=640), DecodeConfig(bm=16, stages=6, split=3)),
         (Case(16, n=128, k=512), DecodeConfig(bm=16, stages=2, channels=2, split=1)),
-        (Case(8, n=128, k=512), DecodeConfig(bm=8, stages=2, atoms=2, split=2)),
+        (Case(16, n=64, k=1152), DecodeConfig(bm=16, stages=4, split=2)),
+        (Case(8, n=128, k=512), DecodeConfig(bm=8, stages=4, atoms=2, split=2)),
         (
             Case(16, n=128, k=512, x_scale="1x128", w_scale="128x128"),
             DecodeConfig(bm=16, stages=4, channels=2, split=2),
