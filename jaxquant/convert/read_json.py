@@ -49,9 +49,10 @@ def scan_object(buffer: Any, where: str, start: int, stop: int) -> Iterator[tupl
         while True:
             entry = _ENTRY.match(buffer, position, stop)
             if entry is None:
+                found = bytes(buffer[position : position + 40])
                 raise FormatError(
                     where,
-                    f"no JSON member at byte {position}: {bytes(buffer[position : position + 40])!r}",
+                    f"no JSON member at byte {position}: {found!r}",
                     "members are '\"name\": value', nested at most four deep",
                 )
             yield parse(entry[1], where), entry.start(2), entry.end(2)

@@ -1,1 +1,34 @@
-"""Checkpoint formats, one file each."""
+"""Checkpoint formats, one file each; adding one is a file and a line in ``FORMATS``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxquant.errors import FormatError
+from jaxquant.formats.awq import AWQ
+from jaxquant.formats.base import Format, method_of
+from jaxquant.formats.compressed_tensors import COMPRESSED_TENSORS
+from jaxquant.formats.dense import DENSE
+from jaxquant.formats.fp8 import FP8
+from jaxquant.formats.gptq import GPTQ
+from jaxquant.formats.int8 import INT8
+
+FORMATS: tuple[Format, ...] = (DENSE, FP8, INT8, GPTQ, AWQ, COMPRESSED_TENSORS)
+
+
+def detect(config: Mapping[str, Any]) -> Format:
+    """The format of a checkpoint with this ``quantization_config``.
+
+    Raises:
+        FormatError: no format claims it.
+    """
+    for candidate in FORMATS:
+        if candidate.claims(config):
+            return candidate
+    raise FormatError(
+        "quantization_config: quant_method",
+        repr(config.get("quant_method")),
+        f"formats: {', '.join(f.name for f in FORMATS)}",
+        "convert the checkpoint to one of these with the tool that made it",
+    )

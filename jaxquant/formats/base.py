@@ -55,7 +55,7 @@ DTYPES: dict[str, tuple[str, int]] = {
     "F6_E2M3": ("uint8", 6),
     "F6_E3M2": ("uint8", 6),
 }
-"""safetensors dtype: NumPy dtype name and bits of an element; F4 and F6 are read as packed bytes."""
+"""safetensors dtype: NumPy dtype name, bits of an element; F4 and F6 are read as packed bytes."""
 
 DENSE_DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 SCALE_DTYPES = ("F32", "BF16", "F16")
@@ -197,6 +197,8 @@ class Spec:
         act: activation quantization.
         act_scale: whether the file carries a static activation scale.
         act_zero: NumPy dtype name of a static activation zero point, None where there is none.
+        dead_scales: a zero scale over non-zero codes is legal (dead channels).
+        signed_scales: negative scales are legal.
     """
 
     kind: str
@@ -209,6 +211,8 @@ class Spec:
     act: ActSpec | None = None
     act_scale: bool = False
     act_zero: str | None = None
+    dead_scales: bool = False
+    signed_scales: bool = False
 
     def layout(self, shape: tuple[int, int]) -> Layout:
         """Layout of the decoded QTensor of logical ``shape`` (out, in)."""

@@ -1,0 +1,121 @@
+"""Experts stacked into 3-D tensors, seen as one linear an expert (formats.md 0.6).
+
+Whether a stack is transposed or interleaved follows from the model type, never from its shape.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jaxquant.errors import FormatError
+from jaxquant.formats.base import RawTensor
+
+STACK = re.compile(
+    r"(?P<stem>.*\.experts)\.(?P<part>gate_up_proj|down_proj|gate_proj|up_proj)(?P<tail>.*)"
+)
+TAILS = {
+    "": "weight",
+    ".weight": "weight",
+    "_scale_inv": "weight_scale_inv",
+    "_scale": "weight_scale",
+    "_activation_scale": "activation_scale",
+    "_weight_scale": "weight_scale",
+    "_weight_scale_2": "weight_scale_2",
+    "_input_scale": "input_scale",
+    "_blocks": "blocks",
+    "_scales": "scales",
+    "_bias": "bias",
+}
+TRANSPOSED = ("llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text", "gpt_oss")
+INTERLEAVED = ("gpt_oss",)
+EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts")
+
+
+def expand_experts(
+    tensors: Mapping[str, RawTensor], config: Mapping[str, Any]
+) -> dict[str, RawTensor]:
+    """All tensors, stacks of experts replaced by one unread slice an expert and projection.
+
+    Args:
+        tensors: by full name.
+        config: the checkpoint's ``config.json``; its ``model_type`` decides the orientation.
+    """
+    expanded: dict[str, RawTensor] = {}
+    kind = str(config.get("model_type") or "")
+    for name, tensor in tensors.items():
+        found = STACK.fullmatch(name)
+        if found is None or found["tail"] not in TAILS or not tensor.shape:
+            expanded[name] = tensor
+            continue
+        suffix = TAILS[found["tail"]]
+        for expert in range(tensor.shape[0]):
+            for part, piece in _parts(tensor, found["part"], suffix, expert, kind):
+                expanded[f"{found['stem']}.{expert}.{part}.{suffix}"] = piece
+    return expanded
+
+
+def _parts(
+    tensor: RawTensor, part: str, suffix: str, expert: int, kind: str
+) -> Iterable[tuple[str, RawTensor]]:
+    """The slices of one expert: its weight, or its gate and its up weight."""
+    # Packed blocks and their scales always lie [E, out, ...]; only plain weights are transposed.
+    transposed = (
+        kind in TRANSPOSED and suffix in ("weight", "weight_scale") and len(tensor.shape) == 3
+    )
+    label = f"[{expert}]"
+    if part != "gate_up_proj" or len(tensor.shape) == 1:
+        whole = tensor.pick(label, (expert,), transpose=transposed and suffix == "weight")
+        names = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
+        return [(name, _channels(whole, suffix)) for name in names]
+    axis = 2 if transposed else 1
+    size = tensor.shape[axis]
+    if size % 2:
+        raise tensor.error(
+            f"{size} rows of gate and up",
+            "both halves have as many",
+            "blocks must not straddle them",
+        )
+    if kind in INTERLEAVED:
+        cuts = (slice(0, None, 2), slice(1, None, 2))
+    else:
+        cuts = (slice(0, size // 2), slice(size // 2, None))
+    pieces = []
+    for name, cut in zip(("gate_proj", "up_proj"), cuts, strict=True):
+        index = (expert, slice(None), cut) if transposed else (expert, cut)
+        piece = tensor.pick(f"{label}.{name}", index, transposed and suffix == "weight")
+        pieces.append((name, _channels(piece, suffix)))
+    return pieces
+
+
+def _channels(piece: RawTensor, suffix: str) -> RawTensor:
+    """A scale of one entry a channel, [1, out] beside a transposed weight, as [out, 1]."""
+    if suffix == "weight_scale" and len(piece.shape) == 2 and piece.shape[0] == 1:
+        return piece.pick("", (), transpose=True)
+    return piece
+
+
+def check_expert_indices(paths: Iterable[str], config: Mapping[str, Any], where: str) -> None:
+    """Every layer has experts 0 to n - 1, n from the config where it says so.
+
+    Raises:
+        FormatError: lists the missing experts.
+    """
+    found: dict[str, set[int]] = {}
+    for path in paths:
+        cut = re.fullmatch(r"(.*\.experts)\.(\d+)\.(.*)", path)
+        if cut:
+            found.setdefault(f"{cut[1]}.*.{cut[3]}", set()).add(int(cut[2]))
+    declared = next((config[k] for k in EXPERT_COUNTS if type(config.get(k)) is int), None)
+    for path, indices in found.items():
+        count = max(indices) + 1 if declared is None else declared
+        missing = sorted(set(range(min(count, 1 << 16))) - indices)
+        extra = sorted(indices - set(range(count)))
+        if missing or extra:
+            raise FormatError(
+                f"{where}: {path}",
+                f"experts {missing[:8]} missing" if missing else f"experts {extra[:8]} too many",
+                f"{count} experts, numbered from 0",
+                "the checkpoint is incomplete, or its config belongs to another one",
+            )

@@ -1,0 +1,349 @@
+"""GPTQ checkpoints (formats.md 3): codes packed along ``in``, zero points along ``out``.
+
+===========  ==========================================================
+``qweight``  I32 [in * bits / 32, out], dense little-endian bit streams
+``qzeros``   I32 [groups, out * bits / 32]; v1 files store zero - 1
+``scales``   F16 (BF16, F32) [groups, out]
+``g_idx``    I32 [in], the group of every input; absent means k // group
+===========  ==========================================================
+
+value = (code - zero) x scale.  Symmetric files have the constant zero 2**(bits-1): they become signed
+codes without zero points.  With act-order the inputs are sorted by group and ``perm`` is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxquant.arrays.codes import CODES
+from jaxquant.arrays.layout import WHOLE, Grid, cells
+from jaxquant.arrays.qtensor import QTensor
+from jaxquant.errors import FormatError
+from jaxquant.formats.base import (
+    SCALE_DTYPES,
+    Coverage,
+    Format,
+    FormatWarning,
+    Leaf,
+    RawModule,
+    Slot,
+    Spec,
+    method_of,
+    numpy_dtype,
+)
+from jaxquant.formats.checks import check_group_index
+from jaxquant.formats.names import search_prefix
+from jaxquant.formats.words import data_to_rows, integer, rows_to_data, take_inputs
+from jaxquant.transforms.repack import elements_to_words, transpose_copy, words_to_elements
+
+BITS = (2, 3, 4, 8)
+METHODS = ("gptq", "gptq-marlin")
+VERSIONS = {"": 1, "gptq": 1, "gptq_v2": 2}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GPTQSpec(Spec):
+    """Spec of a GPTQ weight.
+
+    Attributes:
+        group: inputs to a scale, -1 for all.
+        version: 1 where the file stores zero points less one, else 2.
+        scale_dtype: safetensors dtype of ``scales``.
+        qzeros: whether the file has zero points.
+        g_idx: safetensors dtype of ``g_idx``, None where the file has none.
+        ragged: groups of unequal size, whose scales are repeated for every input.
+    """
+
+    group: int
+    version: int
+    scale_dtype: str
+    qzeros: bool
+    g_idx: str | None
+    ragged: bool = False
+
+
+def _dynamic(config: Mapping[str, Any], path: str) -> tuple[bool, Mapping[str, Any]]:
+    """Whether a ``-:`` rule excludes ``path``, and the overrides of the first rule that matches."""
+    rules = config.get("dynamic") or {}
+    if not isinstance(rules, Mapping):
+        raise FormatError("quantization_config: dynamic", repr(rules)[:80], "an object of rules")
+    for pattern, override in rules.items():
+        if search_prefix(re.sub(r"^[+-]:", "", pattern), path) is not None:
+            if pattern.startswith("-:"):
+                return True, {}
+            return False, override if isinstance(override, Mapping) else {}
+    return False, {}
+
+
+def _coverage(config: Mapping[str, Any]) -> Coverage:
+    rules = config.get("dynamic") or {}
+    if not isinstance(rules, Mapping):
+        raise FormatError("quantization_config: dynamic", repr(rules)[:80], "an object of rules")
+    excluded = tuple(pattern for pattern in rules if pattern.startswith("-:"))
+    blocks = config.get("modules_in_block_to_quantize") or []
+    names = tuple(str(n) for part in blocks for n in (part if isinstance(part, list) else [part]))
+
+    def matches(entry: str, path: str) -> bool:
+        # Only the first matching rule counts, so a "+:" rule in front protects a module.
+        return _dynamic(config, path)[0] and search_prefix(entry[2:], path) is not None
+
+    def targeted(path: str) -> bool:
+        if path.rpartition(".")[2] == "lm_head":
+            return config.get("lm_head") is True
+        return not names or path.endswith(names)
+
+    return Coverage(excluded, matches, targeted)
+
+
+def _spec(config: Mapping[str, Any], module: RawModule) -> GPTQSpec:
+    settings = {**config, **_dynamic(config, module.path)[1]}
+    declared = str(settings.get("checkpoint_format") or settings.get("format") or "").lower()
+    if declared not in VERSIONS:
+        raise FormatError(
+            "quantization_config: checkpoint_format",
+            repr(declared),
+            f"one of {', '.join(filter(None, VERSIONS))}",
+            "convert the checkpoint to gptq with the tool that made it",
+        )
+    if str(settings.get("pack_dtype") or "int32") != "int32":
+        raise FormatError(
+            "quantization_config: pack_dtype", repr(settings["pack_dtype"]), "'int32' is read"
+        )
+    return gptq_spec(
+        module,
+        integer(settings, "bits", "weight_bits"),
+        integer(settings, "group_size"),
+        symmetric=settings.get("sym", True) is not False,
+        version=VERSIONS[declared],
+        act_order=settings.get("desc_act", False) is True,
+    )
+
+
+def gptq_spec(
+    module: RawModule, bits: int, group: int, *, symmetric: bool, version: int, act_order: bool
+) -> GPTQSpec:
+    """Spec from the family's settings and the module's zero points and group index.
+
+    Raises:
+        FormatError: shapes contradict the settings, or the group index is unusable.
+    """
+    if bits not in BITS:
+        raise FormatError("quantization_config: bits", str(bits), f"one of {BITS}")
+    if group != -1 and group < 1:
+        raise FormatError("quantization_config: group_size", str(group), "-1 or positive")
+    qweight, scales = module.need("qweight"), module.need("scales")
+    for tensor, dtypes in ((qweight, ("I32", "U32")), (scales, SCALE_DTYPES)):
+        if tensor.dtype not in dtypes or len(tensor.shape) != 2:
+            raise tensor.error(
+                f"{tensor.dtype} {list(tensor.shape)}", f"{' or '.join(dtypes)} of rank 2"
+            )
+    rows, out = qweight.shape
+    g_idx, qzeros = module.get("g_idx"), module.get("qzeros")
+    inputs = rows * 32 // bits
+    if g_idx is not None and len(g_idx.shape) == 1:
+        _check_bits(module, bits, rows, g_idx.shape[0])
+    groups = 1 if group == -1 else cells(inputs, group)
+    if scales.shape != (groups, out):
+        raise scales.error(
+            f"shape {list(scales.shape)}",
+            f"[groups, out] = {[groups, out]} for {inputs} inputs in groups of {group}",
+        )
+    layout = _group_layout(module, g_idx, inputs, group, groups, act_order)
+    grid: Grid = (1, 1) if layout == "ragged" else (1, WHOLE if group == -1 else group)
+    zeros = False
+    if qzeros is not None:
+        zeros, version = _zero_points(module, bits, groups, out, symmetric, version)
+    elif not symmetric:
+        raise module.error("no qzeros", "an asymmetric GPTQ weight has zero points")
+    return GPTQSpec(
+        kind="gptq",
+        code=CODES[f"{'uint' if zeros else 'int'}{bits}"],
+        scales=(Leaf(grid, numpy_dtype(scales.dtype).name),),
+        zeros=(Leaf(grid, "uint8"),) if zeros else (),
+        affine="zero_point" if zeros else "symmetric",
+        perm=layout == "sorted",
+        group=group,
+        version=version,
+        scale_dtype=scales.dtype,
+        qzeros=qzeros is not None,
+        g_idx=None if g_idx is None else g_idx.dtype,
+        ragged=layout == "ragged",
+        dead_scales=True,
+    )
+
+
+def _check_bits(module: RawModule, bits: int, rows: int, inputs: int) -> None:
+    if rows * 32 == inputs * bits:
+        return
+    implied = [b for b in BITS if rows * 32 == inputs * b]
+    raise module.need("qweight").error(
+        f"{rows} rows of words for {inputs} inputs",
+        f"{bits} bits give {inputs * bits / 32:g} rows",
+        f"the shape says {implied[0]} bits: correct the config" if implied else "",
+    )
+
+
+def _group_layout(
+    module: RawModule, g_idx: Any, inputs: int, group: int, groups: int, act_order: bool
+) -> str:
+    """How groups lie along the inputs: "plain", "sorted" (act-order) or "ragged"."""
+    if g_idx is None:
+        if act_order and groups > 1:
+            raise module.error(
+                "no g_idx",
+                "desc_act needs the group of every input",
+                "it cannot be reconstructed: export the checkpoint again",
+            )
+        return "plain"
+    if g_idx.dtype not in ("I32", "I64") or g_idx.shape != (inputs,):
+        raise g_idx.error(f"{g_idx.dtype} {list(g_idx.shape)}", f"I32 or I64 [{inputs}]")
+    index = g_idx.read()
+    check_group_index(index, groups, f"{g_idx.file}: {g_idx.name}")
+    if groups == 1 or np.array_equal(index, np.arange(inputs) // group):
+        return "plain"
+    if not index.any():
+        if act_order:
+            raise g_idx.error("all zero", "with desc_act it holds the group of every input")
+        return "plain"
+    counts = np.bincount(index, minlength=groups)
+    if np.array_equal(np.cumsum(counts), np.minimum(np.arange(1, groups + 1) * group, inputs)):
+        return "sorted"
+    return "ragged"
+
+
+def _zero_points(
+    module: RawModule, bits: int, groups: int, out: int, symmetric: bool, version: int
+) -> tuple[bool, int]:
+    """Whether real zero points remain, and the version that the data shows."""
+    qzeros = module.need("qzeros")
+    expected = (groups, out * bits // 32)
+    if qzeros.dtype not in ("I32", "U32") or qzeros.shape != expected or out * bits % 32:
+        implied = [b for b in BITS if qzeros.shape == (groups, out * b // 32)]
+        hint = f"the shape says {implied[0]} bits: correct the config" if implied else ""
+        raise qzeros.error(
+            f"{qzeros.dtype} {list(qzeros.shape)}", f"I32 {list(expected)} for {bits} bits", hint
+        )
+    middle, mask = 1 << (bits - 1), (1 << bits) - 1
+    stored = words_to_elements(qzeros.read(), bits, out)
+    where = f"{qzeros.file}: {qzeros.name}"
+    if symmetric:
+        for candidate, constant in ((1, middle - 1), (2, middle)):
+            if (stored == constant).all():
+                if candidate != version:
+                    warnings.warn(
+                        f"{where}: zero points are those of gptq v{candidate}, the config says "
+                        f"v{version}; the data is trusted",
+                        FormatWarning,
+                        stacklevel=2,
+                    )
+                return False, candidate
+        warnings.warn(
+            f"{where}: the config says symmetric, the zero points vary; they are used",
+            FormatWarning,
+            stacklevel=2,
+        )
+    if version == 1 and (stored == mask).any():
+        warnings.warn(
+            f"{where}: stored zero point {mask} is read as 0, the wrapped value of -1",
+            FormatWarning,
+            stacklevel=2,
+        )
+    return True, version
+
+
+def gptq_shape(spec: GPTQSpec, module: RawModule) -> tuple[int, int]:
+    """(out, in)."""
+    rows, out = module.need("qweight").shape
+    return out, rows * 32 // spec.code.bits
+
+
+def gptq_slots(spec: GPTQSpec, shape: tuple[int, int]) -> tuple[Slot, ...]:
+    """The tensors of one weight."""
+    out, inputs = shape
+    bits, groups = spec.code.bits, 1 if spec.group == -1 else cells(inputs, spec.group)
+    return (
+        Slot("qweight", ("I32", "U32"), ((inputs * bits // 32, out),)),
+        Slot("scales", (spec.scale_dtype,), ((groups, out),)),
+        Slot("qzeros", ("I32", "U32"), ((groups, out * bits // 32),), spec.qzeros),
+        Slot("g_idx", ("I32", "I64"), ((inputs,),), spec.g_idx is not None),
+    )
+
+
+def gptq_decode(
+    arrays: Mapping[str, np.ndarray], spec: GPTQSpec, shape: tuple[int, int]
+) -> QTensor:
+    """Decode; for 2, 4 and 8 bits a transposed word already is our packing."""
+    out, inputs = shape
+    code = spec.code
+    data = rows_to_data(transpose_copy(arrays["qweight"]), code, inputs)
+    scales = np.ascontiguousarray(arrays["scales"].T)
+    zeros = None
+    if spec.zeros:
+        stored = words_to_elements(arrays["qzeros"], code.bits, out)
+        if spec.version == 1:
+            stored = (stored + np.uint8(1)) & np.uint8((1 << code.bits) - 1)
+        zeros = np.ascontiguousarray(stored.T)
+    perm = None
+    if spec.perm:
+        perm = np.argsort(arrays["g_idx"], kind="stable").astype(np.int32)
+        data = take_inputs(data, code, inputs, perm)
+    if spec.ragged:
+        scales = scales[:, arrays["g_idx"]]
+        zeros = None if zeros is None else zeros[:, arrays["g_idx"]]
+    if code.name == "int8":
+        data = ((data[0] ^ np.uint8(0x80)).view(np.int8),)
+    return QTensor(
+        data, (scales,), () if zeros is None else (zeros,), spec.layout(shape), perm=perm
+    )
+
+
+def gptq_encode(q: QTensor, spec: GPTQSpec) -> dict[str, np.ndarray]:
+    """The tensors as GPTQ tools write them."""
+    if spec.ragged:
+        raise FormatError("gptq", "groups of unequal size", "they are read, not written")
+    out, inputs = q.shape
+    code, bits = spec.code, spec.code.bits
+    data = tuple(np.asarray(plane) for plane in q.data)
+    if code.name == "int8":
+        data = (data[0].view(np.uint8) ^ np.uint8(0x80),)
+    groups = np.arange(inputs) // (inputs if spec.group == -1 else spec.group)
+    if q.perm is not None:
+        order = np.argsort(np.asarray(q.perm))
+        data = take_inputs(data, code, inputs, order)
+        groups = groups[order]
+    middle = 1 << (bits - 1)
+    zeros = np.asarray(q.zeros[0]).T if q.zeros else np.full(q.scales[0].shape[::-1], middle)
+    stored = (zeros.astype(np.uint8) - np.uint8(2 - spec.version)) & np.uint8((1 << bits) - 1)
+    arrays = {
+        "qweight": transpose_copy(data_to_rows(data, code, inputs)),
+        "scales": np.ascontiguousarray(np.asarray(q.scales[0]).T),
+    }
+    if spec.qzeros:
+        arrays["qzeros"] = elements_to_words(stored, bits)
+    if spec.g_idx is not None:
+        arrays["g_idx"] = groups.astype(numpy_dtype(spec.g_idx))
+    return arrays
+
+
+def _claims(config: Mapping[str, Any]) -> bool:
+    return method_of(config) in METHODS
+
+
+GPTQ = Format(
+    "gptq",
+    _claims,
+    ("qweight", "qzeros"),
+    ("qweight", "qzeros", "scales", "g_idx"),
+    _coverage,
+    _spec,
+    gptq_shape,
+    gptq_slots,
+    gptq_decode,
+    gptq_encode,
+)

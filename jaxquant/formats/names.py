@@ -1,0 +1,164 @@
+"""How each family's ignore list names modules.  The rules differ on purpose; none is unified."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxquant.errors import FormatError
+from jaxquant.formats.base import Coverage
+
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+MAX_BACKTRACKING = 200_000_000
+MAX_PATTERN = 2000
+
+
+def roots(path: str) -> tuple[str, ...]:
+    """A module path under the roots that configs and tensors use for the same model."""
+    other = path.removeprefix("model.") if path.startswith("model.") else f"model.{path}"
+    swaps = (
+        ("model.language_model.", "language_model.model."),
+        ("model.language_model.", "model."),
+    )
+    names = [path, other]
+    for left, right in (*swaps, *((b, a) for a, b in swaps)):
+        if path.startswith(left):
+            names.append(right + path.removeprefix(left))
+    return tuple(dict.fromkeys(names))
+
+
+def fused_aliases(path: str) -> tuple[str, ...]:
+    """Names of the fused modules that a module is a part of."""
+    stem, _, last = path.rpartition(".")
+    return tuple(f"{stem}.{fused}" for fused, parts in FUSED.items() if last in parts)
+
+
+def by_component(entry: str, path: str) -> bool:
+    """The entry is a run of whole dotted components of the path (fp8, blockwise int8, bnb)."""
+    return f".{entry}." in f".{path}."
+
+
+def by_regex_or_suffix(entry: str, path: str) -> bool:
+    """transformers: a regex anchored at the start and ending at a component, or a plain suffix."""
+    if path.endswith(entry) or by_component(entry, path):
+        return True
+    found = search_prefix(entry, path)
+    return found is not None and (
+        found == len(path) or path[found] == "." or path[found - 1 : found] == "."
+    )
+
+
+def by_substring(entry: str, path: str) -> bool:
+    """AWQ: the entry occurs anywhere, also inside a component."""
+    return entry in path
+
+
+def by_name_or_regex(entry: str, path: str) -> bool:
+    """compressed-tensors, Quark: ``re:`` patterns anchored at the start, else the full name."""
+    if entry.startswith("re:"):
+        return search_prefix(entry[3:], path) is not None
+    return entry == path
+
+
+def by_glob(entry: str, path: str) -> bool:
+    """ModelOpt: shell globs; a bare name also covers everything below it."""
+    return fnmatch.fnmatchcase(path, entry) or f"{path}.".startswith(f"{entry}.")
+
+
+def ignored_by(coverage: Coverage, path: str) -> str | None:
+    """The first ignore entry that covers ``path`` under any of its roots, or None.
+
+    A fused name in the list (``qkv_proj``) covers all of its parts.
+    """
+    names = roots(path)
+    aliases = tuple(alias for name in names for alias in fused_aliases(name))
+    for entry in coverage.ignored:
+        if any(coverage.matches(entry, name) for name in names):
+            return entry
+        if entry.endswith(tuple(FUSED)) and any(by_component(entry, alias) for alias in aliases):
+            return entry
+    return None
+
+
+def string_list(config: Mapping[str, Any], *keys: str) -> tuple[str, ...]:
+    """The union of the lists under ``keys``; null and absent are empty.
+
+    Raises:
+        FormatError: a value is no list of strings.
+    """
+    entries: dict[str, None] = {}
+    for key in keys:
+        value = config.get(key)
+        if value is None:
+            continue
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
+            raise FormatError(f"quantization_config: {key}", repr(value)[:80], "a list of names")
+        entries |= dict.fromkeys(value)
+    return tuple(entries)
+
+
+def _repeats(pattern: str) -> tuple[int, bool]:
+    """Number of unbounded repeats, and whether one contains another (exponential backtracking)."""
+    count, nested = 0, False
+    groups = [0]
+    i = 0
+    while i < len(pattern):
+        c = pattern[i]
+        if c == "\\":
+            i += 2
+            closed = 0
+        elif c == "[":
+            end = re.compile(r"\[\^?\]?(?:[^\]\\]|\\.)*\]").match(pattern, i)
+            i = end.end() if end else len(pattern)
+            closed = 0
+        elif c == "(":
+            groups.append(0)
+            i += 1
+            continue
+        else:
+            closed = groups.pop() if c == ")" and len(groups) > 1 else 0
+            i += 1
+        unbounded = re.compile(r"[*+]|\{\d*,\}").match(pattern, i)
+        if unbounded:
+            count += 1
+            nested |= closed > 0
+            i = unbounded.end()
+        groups[-1] += closed + bool(unbounded)
+    return count, nested
+
+
+@functools.lru_cache(4096)
+def _compiled(pattern: str) -> tuple[Callable[[str], re.Match[str] | None], int]:
+    where = f"pattern {pattern[:80]!r}"
+    if len(pattern) > MAX_PATTERN:
+        raise FormatError(where, f"{len(pattern)} characters", f"at most {MAX_PATTERN}")
+    repeats, nested = _repeats(pattern)
+    if nested:
+        raise FormatError(where, "a repeat inside a repeat", "it could match for ever")
+    try:
+        return re.compile(pattern).match, repeats
+    except (re.error, RecursionError, OverflowError) as error:
+        raise FormatError(where, f"no regular expression ({error})", "Python's re syntax") from None
+
+
+def search_prefix(pattern: str, path: str) -> int | None:
+    """End of the match of ``pattern`` at the start of ``path``, or None.
+
+    Raises:
+        FormatError: no regular expression, or one that could backtrack for ever.
+    """
+    match, repeats = _compiled(pattern)
+    if math.comb(len(path), repeats) > MAX_BACKTRACKING:
+        raise FormatError(
+            f"pattern {pattern[:80]!r}", f"{repeats} unbounded repeats", "it could match for ever"
+        )
+    found = match(path)
+    return None if found is None else found.end()
