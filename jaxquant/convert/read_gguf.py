@@ -67,6 +67,10 @@ class GgufTensor:
         """An error about this tensor."""
         return FormatError(self.where, found, rule, action)
 
+    def reshaped(self, shape: tuple[int, ...]) -> GgufTensor:
+        """The same bytes with further axes of extent 1."""
+        return dataclasses.replace(self, shape=shape)
+
     @property
     def is_weight(self) -> bool:
         """Whether it can be a QTensor: two axes or more, of a type that holds weights."""
@@ -120,10 +124,10 @@ class Gguf:
         if not tensor.is_weight:
             found = f"{tensor.dtype} of {len(tensor.shape)} axes"
             raise FormatError(tensor.where, found, "a weight has two axes or more of numbers")
-        scale = self._tensor_scale(tensor)
+        scale = self.tensor_scale(tensor)
         return gguf.decode(tensor.read(), tensor.kind, tensor.shape, tensor.where, scale)
 
-    def _tensor_scale(self, tensor: GgufTensor) -> np.ndarray | None:
+    def tensor_scale(self, tensor: GgufTensor) -> np.ndarray | None:
         """The float32 factor of an NVFP4 tensor: one number, or one for each stacked weight."""
         if tensor.dtype != "NVFP4":
             return None

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -162,6 +163,28 @@ def decode(
     if tensor_scale is not None:
         scales.append(_whole(tensor_scale, lead, where))
     return QTensor(tuple(planes), tuple(scales), tuple(zeros), layout).check(where)
+
+
+def abstract(kind: GgmlType, shape: Sequence[int], tensor_scale: bool = False) -> QTensor:
+    """What :func:`decode` will return, with ``jax.ShapeDtypeStruct`` leaves, before a byte is read.
+
+    Args:
+        kind: type in the file.
+        shape: ``[*lead, out, in]``.
+        tensor_scale: whether a factor of the whole tensor comes with it.
+    Raises:
+        FormatError: the type is no weight, or its codebook is missing.
+    """
+    *lead, out, inputs = shape
+    row = np.zeros(inputs // kind.elements * kind.bytes, np.uint8)
+    one = np.ones(1, np.float32) if tensor_scale else None
+    q = decode(row, kind, (1, inputs), kind.name, one)
+
+    def grow(leaf: np.ndarray, grid: Grid) -> jax.ShapeDtypeStruct:
+        rows = 1 if grid[0] == WHOLE else out
+        return jax.ShapeDtypeStruct((*lead, rows, leaf.shape[-1]), leaf.dtype)
+
+    return q.map(grow)
 
 
 def _values(patterns: np.ndarray, code: Code) -> np.ndarray:
