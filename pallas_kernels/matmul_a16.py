@@ -1,0 +1,328 @@
+"""Matmul of 16-bit activations by weights that are decoded in registers: W4A16, W8A16, FP8A16."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.epilogue import Epilogue, Term
+from pallas_kernels.prepack import Prepacked
+from pallas_kernels.problem import (
+    Config,
+    Kernel,
+    KernelError,
+    Problem,
+    current_device,
+    require_hopper,
+    select,
+)
+from pallas_kernels.record import Record
+from pallas_kernels.stream import StreamConfig, stream_matmul
+from pallas_kernels.tiles import cdiv, pad_rows, round_up
+
+_HALF_TYPES = ("bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class A16DecodeConfig(StreamConfig):
+    """Tiles of the kernel for few tokens, which scales sums in f32."""
+
+    def refuses(self, problem: Problem) -> str | None:
+        """Return why this config cannot run `problem`, or None."""
+        return "bm must be at most 64" if self.bm > 64 else super().refuses(problem)
+
+
+@dataclasses.dataclass(frozen=True)
+class A16PrefillConfig(StreamConfig):
+    """Tiles of the kernel for many tokens, which rounds scales into the operand."""
+
+    def refuses(self, problem: Problem) -> str | None:
+        """Return why this config cannot run `problem`, or None."""
+        return "needs a ring of 2 steps" if self.ring < 2 else super().refuses(problem)
+
+
+def accepts_hopper(problem: Problem) -> str | None:
+    if reason := require_hopper(problem):
+        return reason
+    if problem.n % 64 or problem.k % 64:
+        return f"N and K must be multiples of 64, not N={problem.n}, K={problem.k}"
+    return None
+
+
+def epilogue_of(problem: Problem) -> Epilogue:
+    """Return the epilogue: the scale of each token, if any, and the bias."""
+    terms = []
+    if problem.x_scale == "token":
+        terms.append(Term("x_scale", "m", jnp.float32))
+    if problem.bias:
+        terms.append(Term("bias", "n", jnp.dtype(problem.bias)))
+    return Epilogue(tuple(terms), True, jnp.dtype(problem.out_dtype))
+
+
+def _token_tile(m: int) -> int:
+    return max(8, 1 << (m - 1).bit_length())
+
+
+def _first_fit(
+    config_type: type[StreamConfig], shapes: Iterator[dict[str, int]], problem: Problem
+) -> StreamConfig:
+    configs = (config_type(**shape) for shape in shapes)
+    return next(config for config in configs if config.refuses(problem) is None)
+
+
+def _decode_shapes(problem: Problem) -> Iterator[dict[str, int]]:
+    """Yield tiles for few tokens, the likeliest first; the last ones run anything."""
+    bm = min(64, _token_tile(problem.m))
+    tiles = problem.n // 64 * cdiv(problem.m, bm)
+    wide = tiles >= 3 * problem.device.sms
+    narrow = tiles <= problem.device.sms * 5 // 8
+    if wide and bm == 8:
+        yield dict(bm=bm, cs=2, records=2)
+    if wide:
+        yield dict(bm=bm, nw=4, records=2, ring=3 if bm == 64 else 6, lag=0)
+    yield dict(bm=bm, kw=4, cs=1 + narrow, records=2 if bm < 64 else 1)
+    yield dict(bm=bm, kw=4, cs=1 + narrow)
+    yield dict(bm=bm, kw=2, cs=2, records=2 if bm < 64 else 1)
+    yield dict(bm=bm, kw=2)
+    yield dict(bm=bm)
+
+
+def _prefill_shapes(problem: Problem) -> Iterator[dict[str, int]]:
+    """Yield tiles for many tokens, the likeliest first; the last ones run anything."""
+    bm = 64 if problem.m <= 64 else 128
+    tiles = cdiv(problem.m, bm) * (problem.n // 128)
+    split = 2 if tiles <= problem.device.sms * 5 // 8 else 1
+    snake = 4 if problem.m > 512 else 1
+    yield dict(bm=bm, nw=2, cs=split, ring=2, lag=0, snake=snake)
+    yield dict(bm=bm, nw=2, ring=2, lag=0, snake=snake)
+    yield dict(bm=bm, ring=2, lag=0, snake=snake)
+
+
+def _decode_candidates(problem: Problem) -> Iterator[A16DecodeConfig]:
+    """Yield the decode configs worth measuring."""
+    bm = min(64, _token_tile(problem.m))
+    shapes = [
+        dict(kw=kw, cs=cs, slots=slots, records=records)
+        for kw in (1, 2, 4)
+        for cs in (1, 2)
+        for slots, records in ((2, 1), (3, 1), (2, 2))
+    ]
+    shapes += [
+        dict(nw=nw, cs=cs, records=records, ring=ring, lag=lag)
+        for nw in (2, 4)
+        for cs in (1, 2)
+        for records in (1, 2)
+        for ring, lag in ((3, 0), (6, 1))
+    ]
+    for shape in shapes:
+        config = A16DecodeConfig(bm, **shape)
+        if config.refuses(problem) is None:
+            yield config
+
+
+def _prefill_candidates(problem: Problem) -> Iterator[A16PrefillConfig]:
+    """Yield the prefill configs worth measuring."""
+    tiles = (64,) if problem.m <= 64 else (64, 128) if problem.m <= 128 else (128, 256)
+    snakes = (1,) if problem.m <= 512 else (4, 8)
+    for bm in tiles:
+        for nw, kw, cs in ((1, 1, 1), (2, 1, 1), (2, 1, 2), (3, 1, 2), (4, 1, 1), (2, 2, 1)):
+            for ring, lag in ((2, 0), (3, 1), (4, 1)):
+                for snake in snakes:
+                    config = A16PrefillConfig(
+                        bm, nw=nw, kw=kw, cs=cs, ring=ring, lag=lag, snake=snake
+                    )
+                    if config.refuses(problem) is None:
+                        yield config
+
+
+def _run(
+    rounded: bool,
+    problem: Problem,
+    config: StreamConfig,
+    interpret: bool,
+    record: Record,
+    *operands: jax.Array,
+) -> jax.Array:
+    name = "matmul_a16_prefill" if rounded else "matmul_a16_decode"
+    epilogue = epilogue_of(problem)
+    return stream_matmul(
+        problem, config, interpret, record, epilogue, *operands, rounded=rounded, name=name
+    )
+
+
+def _default_decode(problem: Problem) -> StreamConfig:
+    return _first_fit(A16DecodeConfig, _decode_shapes(problem), problem)
+
+
+def _default_prefill(problem: Problem) -> StreamConfig:
+    return _first_fit(A16PrefillConfig, _prefill_shapes(problem), problem)
+
+
+def _accepts_few(problem: Problem) -> str | None:
+    return accepts_hopper(problem) or (None if problem.m <= 64 else "takes at most 64 tokens")
+
+
+A16_DECODE = Kernel(
+    name="a16_decode",
+    op="matmul_a16",
+    config_type=A16DecodeConfig,
+    fn=functools.partial(_run, False),
+    accepts=_accepts_few,
+    default_config=_default_decode,
+    candidates=_decode_candidates,
+)
+A16_PREFILL = Kernel(
+    name="a16_prefill",
+    op="matmul_a16",
+    config_type=A16PrefillConfig,
+    fn=functools.partial(_run, True),
+    accepts=accepts_hopper,
+    default_config=_default_prefill,
+    candidates=_prefill_candidates,
+)
+A16_KERNELS = (A16_DECODE, A16_PREFILL)
+
+
+def a16_problem(
+    x: jax.Array | jax.ShapeDtypeStruct,
+    weight: Prepacked,
+    *,
+    bias: jax.Array | jax.ShapeDtypeStruct | None = None,
+    perm: jax.Array | jax.ShapeDtypeStruct | None = None,
+    out_dtype: jax.typing.DTypeLike | None = None,
+) -> Problem:
+    """Return the problem that the operands of `matmul_a16` form; only shapes and dtypes are read.
+
+    Raises:
+        KernelError: an operand has a shape or dtype that the contract of `matmul_a16` excludes.
+    """
+    out = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    check_operands("matmul_a16", x, weight, 16, _HALF_TYPES, bias, out)
+    if perm is not None and (perm.shape != (weight.k,) or perm.dtype != jnp.int32):
+        raise KernelError(f"perm is {perm.shape} {perm.dtype}; it must be ({weight.k},) int32")
+    return problem_of("matmul_a16", x, weight, bias, out)
+
+
+def check_operands(
+    op: str,
+    x: jax.Array | jax.ShapeDtypeStruct,
+    weight: Prepacked,
+    operand: int,
+    x_dtypes: tuple[str, ...],
+    bias: jax.Array | jax.ShapeDtypeStruct | None,
+    out: jnp.dtype,
+) -> None:
+    """Refuse operands that no kernel of `op` could take.
+
+    Raises:
+        KernelError: says what was found and what is needed.
+    """
+    if weight.records.ndim != 3:
+        lead = weight.records.shape[:-3]
+        raise KernelError(f"{op}: the weight is stacked {lead}; map or scan over it")
+    if weight.record.operand != operand:
+        raise KernelError(
+            f"{op}: the weight is packed for {weight.record.operand}-bit operands; "
+            f"pack it with operand={operand}"
+        )
+    if len(x.shape) != 2 or x.shape[1] != weight.k or not x.shape[0]:
+        raise KernelError(f"{op}: x is {x.shape}; it must be [M, {weight.k}] with M at least 1")
+    if x.dtype.name not in x_dtypes:
+        raise KernelError(f"{op}: x is {x.dtype}; it must be {' or '.join(x_dtypes)}")
+    if out.name not in _HALF_TYPES:
+        raise KernelError(f"{op}: out_dtype is {out}; it must be {' or '.join(_HALF_TYPES)}")
+    bias_types = (jnp.float32, jnp.bfloat16, jnp.float16)
+    if bias is not None and (bias.shape != (weight.n,) or bias.dtype not in bias_types):
+        raise KernelError(
+            f"{op}: bias is {bias.shape} {bias.dtype}; it must be ({weight.n},) float32, "
+            "bfloat16 or float16"
+        )
+
+
+def problem_of(
+    op: str,
+    x: jax.Array | jax.ShapeDtypeStruct,
+    weight: Prepacked,
+    bias: jax.Array | jax.ShapeDtypeStruct | None,
+    out: jnp.dtype,
+    x_scale: str = "none",
+) -> Problem:
+    """Return the problem of checked operands."""
+    return Problem(
+        op=op,
+        m=x.shape[0],
+        n=weight.n,
+        k=weight.k,
+        x_dtype=x.dtype.name,
+        w_dtype=weight.record.code,
+        out_dtype=out.name,
+        x_scale=x_scale,
+        w_scale=f"g{weight.record.group}",
+        zero="group" if weight.record.zero else "",
+        bias="" if bias is None else bias.dtype.name,
+        device=current_device(),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("out_dtype", "config", "interpret"))
+def matmul_a16(
+    x: jax.Array,
+    weight: Prepacked,
+    *,
+    bias: jax.Array | None = None,
+    perm: jax.Array | None = None,
+    out_dtype: jax.typing.DTypeLike | None = None,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Multiply 16-bit activations by a prepacked weight: y = x[:, perm] @ w.T + bias.
+
+    Up to 64 tokens, scales multiply f32 sums, so the result is exact but for the rounding of y.
+    For more tokens the weights are rounded to the type of x after scaling, as a dequantized
+    weight would be.
+
+    Args:
+        x: [M, K] bfloat16 or float16; any M >= 1.
+        weight: [N, K] from `prepack(..., operand=16)`: 4-bit, int8 or float8_e4m3fn codes.
+        bias: [N] float32, bfloat16 or float16, added before rounding.
+        perm: [K] int32; column k of the weight belongs to column perm[k] of x (GPTQ act-order).
+        out_dtype: bfloat16 or float16; None for the type of x.
+        config: tile sizes, to override the tuned ones.
+        interpret: run under the GPU interpreter on the host (jax 0.11 and later).
+
+    Returns:
+        [M, N] in `out_dtype`; sums are made in float32.
+
+    Raises:
+        KernelError: an operand breaks the contract, or no kernel takes the problem; the message
+            lists every kernel's reason.
+    """
+    problem = a16_problem(x, weight, bias=bias, perm=perm, out_dtype=out_dtype)
+    if perm is not None:
+        x = jnp.take(x, perm, axis=1)
+    vectors = () if bias is None else (bias,)
+    return run_padded(A16_KERNELS, problem, config, interpret, weight, x, vectors)
+
+
+def run_padded(
+    kernels: tuple[Kernel, ...],
+    problem: Problem,
+    config: Config | None,
+    interpret: bool,
+    weight: Prepacked,
+    x: jax.Array,
+    vectors: tuple[jax.Array, ...],
+) -> jax.Array:
+    """Select a kernel and run it on a row count that TMA takes: up to 8, or a multiple of 8."""
+    m = problem.m
+    padded = m if m <= 8 else round_up(m, 8)
+    problem = dataclasses.replace(problem, m=padded)
+    kernel, config = select(kernels, problem, config)
+    x = pad_rows(x, padded) if padded > m else x
+    out = kernel.fn(problem, config, interpret, weight.record, x, weight.records, *vectors)
+    assert isinstance(out, jax.Array)
+    return out[:m] if padded > m else out

@@ -1,0 +1,151 @@
+"""Matmul of 8-bit activations by 4-bit weights, which become int8 or e4m3 operands in registers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.matmul_a16 import (
+    accepts_hopper,
+    check_operands,
+    epilogue_of,
+    problem_of,
+    run_padded,
+)
+from pallas_kernels.prepack import Prepacked
+from pallas_kernels.problem import Config, Kernel, KernelError, Problem
+from pallas_kernels.record import Record
+from pallas_kernels.stream import StreamConfig, stream_matmul
+from pallas_kernels.tiles import cdiv, pad_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class W4A8Config(StreamConfig):
+    """Tiles of the W4A8 kernel, which scales the sums of every group in f32."""
+
+    def refuses(self, problem: Problem) -> str | None:
+        """Return why this config cannot run `problem`, or None."""
+        return "bm must be at most 128" if self.bm > 128 else super().refuses(problem)
+
+
+def _shapes(problem: Problem) -> Iterator[dict[str, int]]:
+    """Yield tiles, the likeliest first; the last ones run anything."""
+    bm = min(64, max(8, 1 << (problem.m - 1).bit_length()))
+    tiles = problem.n // 64 * cdiv(problem.m, bm)
+    narrow = tiles <= problem.device.sms * 5 // 8
+    if tiles >= 3 * problem.device.sms:
+        yield dict(bm=bm, nw=4, records=2, ring=4, lag=0)
+        yield dict(bm=bm, nw=2, records=2, ring=4, lag=0)
+    yield dict(bm=bm, kw=4, cs=1 + narrow, records=2)
+    yield dict(bm=bm, kw=4, cs=1 + narrow)
+    yield dict(bm=bm, kw=2)
+    yield dict(bm=bm)
+
+
+def _default(problem: Problem) -> W4A8Config:
+    configs = (W4A8Config(**shape) for shape in _shapes(problem))
+    return next(config for config in configs if config.refuses(problem) is None)
+
+
+def _candidates(problem: Problem) -> Iterator[W4A8Config]:
+    """Yield the configs worth measuring."""
+    bm = min(64, max(8, 1 << (problem.m - 1).bit_length()))
+    shapes = [
+        dict(kw=kw, cs=cs, slots=2, records=records)
+        for kw in (1, 2, 4)
+        for cs in (1, 2)
+        for records in (1, 2)
+    ]
+    shapes += [dict(nw=nw, records=2, ring=ring, lag=0) for nw in (2, 4) for ring in (3, 4)]
+    for shape in shapes:
+        config = W4A8Config(bm, **shape)
+        if config.refuses(problem) is None:
+            yield config
+
+
+def _run(
+    problem: Problem,
+    config: StreamConfig,
+    interpret: bool,
+    record: Record,
+    *operands: jax.Array,
+) -> jax.Array:
+    epilogue = epilogue_of(problem)
+    return stream_matmul(
+        problem, config, interpret, record, epilogue, *operands, rounded=False, name="matmul_w4a8"
+    )
+
+
+W4A8 = Kernel(
+    name="w4a8",
+    op="matmul_w4a8",
+    config_type=W4A8Config,
+    fn=_run,
+    accepts=accepts_hopper,
+    default_config=_default,
+    candidates=_candidates,
+)
+W4A8_KERNELS = (W4A8,)
+
+
+def w4a8_problem(
+    x_q: jax.Array | jax.ShapeDtypeStruct,
+    x_scale: jax.Array | jax.ShapeDtypeStruct,
+    weight: Prepacked,
+    *,
+    bias: jax.Array | jax.ShapeDtypeStruct | None = None,
+    out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+) -> Problem:
+    """Return the problem that the operands of `matmul_w4a8` form.
+
+    Raises:
+        KernelError: an operand has a shape or dtype that the contract of `matmul_w4a8` excludes.
+    """
+    out = jnp.dtype(out_dtype)
+    check_operands("matmul_w4a8", x_q, weight, 8, ("int8", "float8_e4m3fn"), bias, out)
+    if x_scale.shape != (x_q.shape[0], 1) or x_scale.dtype != jnp.float32:
+        raise KernelError(
+            f"matmul_w4a8: x_scale is {x_scale.shape} {x_scale.dtype}; "
+            f"it must be ({x_q.shape[0]}, 1) float32"
+        )
+    return problem_of("matmul_w4a8", x_q, weight, bias, out, x_scale="token")
+
+
+@functools.partial(jax.jit, static_argnames=("out_dtype", "config", "interpret"))
+def matmul_w4a8(
+    x_q: jax.Array,
+    x_scale: jax.Array,
+    weight: Prepacked,
+    *,
+    bias: jax.Array | None = None,
+    out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Multiply quantized activations by a prepacked 4-bit weight: y = x_scale * x_q @ w.T + bias.
+
+    Args:
+        x_q: [M, K] int8 or float8_e4m3fn; any M >= 1.
+        x_scale: [M, 1] float32, one per token.
+        weight: [N, K] from `prepack(..., operand=8)`.
+        bias: [N] float32, bfloat16 or float16, added after scaling.
+        out_dtype: bfloat16 or float16.
+        config: tile sizes, to override the tuned ones.
+        interpret: run under the GPU interpreter on the host (jax 0.11 and later).
+
+    Returns:
+        [M, N] in `out_dtype`; the sums of a group are made in int32 or float32.
+
+    Raises:
+        KernelError: an operand breaks the contract, or no kernel takes the problem; the message
+            lists every kernel's reason.
+    """
+    problem = w4a8_problem(x_q, x_scale, weight, bias=bias, out_dtype=out_dtype)
+    # The vector of scales travels with the tile, whose rows are padded to 8.
+    scales = pad_rows(x_scale.reshape(-1), 8)
+    vectors = (scales,) if bias is None else (scales, bias)
+    return run_padded(W4A8_KERNELS, problem, config, interpret, weight, x_q, vectors)

@@ -1,0 +1,467 @@
+"""The body of the kernels that decode weight records in registers.
+
+Output channels are the rows of the wgmma (its register operand), tokens its columns.  A block has
+`nw` warpgroups side by side over channels, 64 each, times `kw` over k, which add through shared
+memory; the blocks of a cluster share out k once more and add through distributed shared memory.
+There is no producer: each warpgroup owns a ring of record slots and refills a slot as soon as its
+four warps have the codes in registers.  A block makes one output tile, and several small blocks
+share an SM, so that the start and the end of one hide behind the others.
+
+Scales are applied in one of two ways:
+
+  * exact: every group has a fresh accumulator, which is scaled in f32 and added to the total;
+  * rounded: the operand is multiplied by its scale, rounding it to the operand type, and one
+    accumulator lives in the tensor cores over all of k, with a wgmma always in flight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.decode import Tile, device_decoder, reference_decoder
+from pallas_kernels.epilogue import Epilogue
+from pallas_kernels.launch import CLUSTER, GRID, WARPGROUP, launch
+from pallas_kernels.problem import Config, Problem
+from pallas_kernels.record import CHANNELS, DEPTH, WORDS, Record
+from pallas_kernels.tiles import (
+    SMEM_RESERVE,
+    cdiv,
+    load,
+    scale_rows,
+    slot,
+    store_tile,
+    tiled_smem,
+)
+
+# Tokens of one output staging buffer.
+STAGE = 64
+# Values of k decoded at a time when scales are rounded into the operand: one 64 x 64 fragment is
+# filled while the tensor cores work on the other.
+HALF = 64
+# Barriers in one array: one phase bit each in a 32 bit register.
+MAX_BARRIERS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamConfig(Config):
+    """Tiles of a stream kernel.
+
+    Attributes:
+        bm: tokens of a tile, a multiple of 8.
+        nw: warpgroups over output channels, 64 each.
+        kw: warpgroups over k.
+        cs: blocks of a cluster over k.
+        slots: record slots of a warpgroup.
+        records: records in a slot.
+        ring: steps of activations that the `nw` warpgroups share; 0 if each warpgroup brings its
+            own with its records.
+        lag: steps by which the refill of the shared ring trails the release of a slot.
+        snake: width in tiles of the snake in which output tiles are visited, for L2 reuse.
+    """
+
+    bm: int
+    nw: int = 1
+    kw: int = 1
+    cs: int = 1
+    slots: int = 2
+    records: int = 1
+    ring: int = 0
+    lag: int = 1
+    snake: int = 1
+
+    @property
+    def workers(self) -> int:
+        """Warpgroups of a block."""
+        return self.nw * self.kw
+
+    def smem_bytes(self, problem: Problem) -> int:
+        """Return the shared memory of a block, in bytes (an upper bound)."""
+        four_bit = problem.w_dtype == "uint4"
+        groups = DEPTH // int(problem.w_scale[1:])
+        rows = (32 if four_bit else 64) + groups * (2 + bool(problem.zero))
+        x_bytes = self.bm * DEPTH * jnp.dtype(problem.x_dtype).itemsize
+        activations = self.kw * self.ring if self.ring else self.workers * self.slots
+        stage = self.nw * min(self.bm, STAGE) * CHANNELS * 2
+        sums = (self.kw - 1) * self.nw * CHANNELS * self.bm * 4
+        peers = (self.cs - 1) * self.nw * CHANNELS * self.bm // self.owners * 4
+        vectors = 8 * (self.bm + self.nw * CHANNELS)
+        stream = self.workers * self.slots * self.records * rows * WORDS * 4
+        return (
+            stream + activations * self.records * x_bytes + stage + sums + peers + vectors
+        ) + SMEM_RESERVE
+
+    @property
+    def owners(self) -> int:
+        """Blocks of a cluster that store parts of the output tile."""
+        return min(self.cs, cdiv(self.bm, STAGE))
+
+    def refuses(self, problem: Problem) -> str | None:
+        """Return why this config cannot run `problem`, or None."""
+        total = cdiv(problem.k, DEPTH)
+        if self.bm % 8 or not 8 <= self.bm <= 256 or (self.bm > STAGE and self.bm % STAGE):
+            return "bm must be a multiple of 8 up to 64, or of 64 up to 256"
+        if problem.n % (CHANNELS * self.nw):
+            return f"N={problem.n} is no multiple of {CHANNELS * self.nw} channels"
+        if total % self.records or total // self.records < self.cs * self.kw:
+            return f"{total} records do not split into {self.cs} x {self.kw} runs of {self.records}"
+        if cdiv(self.bm, STAGE) % self.owners:
+            return f"{self.cs} blocks cannot share out {self.bm} tokens"
+        if self.ring and not 0 <= self.lag < self.ring:
+            return "lag must be below ring"
+        if self.nw > 1 and not self.ring and self.kw > 1:
+            return "warpgroups side by side and over k need a shared ring"
+        if self.workers > 8:
+            return "a block has at most 8 warpgroups"
+        if max(self.workers * self.slots, self.kw * self.ring) > MAX_BARRIERS:
+            return f"more than {MAX_BARRIERS} barriers"
+        if self.smem_bytes(problem) > problem.device.smem:
+            return f"needs {self.smem_bytes(problem)} bytes of shared memory"
+        return None
+
+
+@plgpu.inline_mgpu()
+def _sync_warps(ctx: Any) -> None:
+    mgpu.warpgroup_barrier()
+
+
+def _x_smem(slots: int, bm: int, extent: int, depth: int, dtype: Any) -> Any:
+    """Return shared memory for activations that can be cut in pieces of `depth` along k."""
+    transforms = tiled_smem((8, depth), dtype).transforms
+    return plgpu.SMEM((slots, bm, extent), dtype, transforms=transforms)
+
+
+def stream_matmul(
+    problem: Problem,
+    config: StreamConfig,
+    interpret: bool,
+    record: Record,
+    epilogue: Epilogue,
+    x: jax.Array,
+    records: jax.Array,
+    *vectors: jax.Array,
+    rounded: bool,
+    name: str,
+) -> jax.Array:
+    """Multiply x [m, k] by a prepacked weight.
+
+    Args:
+        problem: sizes and types; m is at most 8 or a multiple of 8.
+        config: tiles.
+        interpret: run under the interpreter, with jax.numpy in place of decoding and wgmma.
+        record: format of the records.
+        epilogue: what happens to the sums.
+        x: [m, k] bf16 or f16, or int8 or e4m3 for records with 8-bit operands.
+        records: [n/64 * ceil(k/128), rows, 32] int32.
+        *vectors: operands of the epilogue.
+        rounded: whether scales are rounded into the operand.
+        name: kernel name.
+
+    Returns:
+        [m, n] in `problem.out_dtype`.
+    """
+    c, m, n = config, problem.m, problem.n
+    total = cdiv(problem.k, DEPTH)
+    extent = c.records * DEPTH  # k of a step
+    run, longer = divmod(total // c.records, c.cs * c.kw)  # steps of a share of k
+    most = run + (longer > 0)
+    slots, ring = min(c.slots, most), min(c.ring, most)
+    lag = max(min(c.lag, ring - 1 - rounded), 0)
+    row_tiles, column_tiles = cdiv(m, c.bm), n // (CHANNELS * c.nw)
+    # The wgmma takes no 32 byte swizzle with int8 in registers: groups of 32 are cut out of 64.
+    widest = max(record.group, 64) if x.dtype == jnp.int8 else record.group
+    depth, span = (HALF, HALF) if rounded else (widest, DEPTH)
+    make_decoder = reference_decoder if interpret else device_decoder
+    decode = make_decoder(record, x.dtype, depth, span, rounded)
+    acc_dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+    width = min(c.bm, STAGE)
+    pieces = c.bm // width
+    owned = pieces // c.owners
+    names = [term.name for term in epilogue.terms]
+
+    def body(
+        x_gm,
+        w_gm,
+        *refs,
+        x_sm,
+        w_sm,
+        o_sm,
+        full,
+        x_full=None,
+        x_empty=None,
+        fetched=None,
+        sums_sm=None,
+        summed=None,
+        peers_sm=None,
+        peers_sent=None,
+        **vector_sm,
+    ):
+        o_gm, vector_gm = refs[-1], dict(zip(names, refs, strict=False))
+        zero = jnp.int32(0)
+        warpgroup = lax.axis_index(WARPGROUP) if c.workers > 1 else zero
+        column = lax.rem(warpgroup, jnp.int32(c.nw)) if c.kw > 1 else warpgroup
+        share = lax.div(warpgroup, jnp.int32(c.nw)) if c.kw > 1 else zero
+        rank = lax.axis_index(CLUSTER)
+        row, block = (
+            plgpu.planar_snake(lax.axis_index(GRID), (row_tiles, column_tiles), 1, c.snake)
+            if row_tiles > 1
+            else (zero, lax.axis_index(GRID))
+        )
+        m0, channel_block = row * c.bm, block * c.nw + column
+        part = rank * c.kw + share
+        steps = run + (part < longer).astype(jnp.int32) if longer else run
+        first = part * run + (lax.min(part, jnp.int32(longer)) if longer else 0)
+
+        def x_slot(i):
+            return share * ring + slot(i, ring) if ring else warpgroup * slots + slot(i, slots)
+
+        def fetch_x(i, barrier):
+            at_k = pl.ds((first + i) * extent, extent)
+            plgpu.copy_gmem_to_smem(x_gm.at[pl.ds(m0, c.bm), at_k], x_sm.at[x_slot(i)], barrier)
+
+        def fetch_records(i):
+            s = warpgroup * slots + slot(i, slots)
+            at = pl.ds(channel_block * total + (first + i) * c.records, c.records)
+            plgpu.copy_gmem_to_smem(w_gm.at[at], w_sm.at[s], full.at[s])
+            if not ring:
+                fetch_x(i, full.at[s])
+
+        def guarded(condition, action):
+            """Run an action; the condition may be known while tracing."""
+            if isinstance(condition, bool):
+                return action() if condition else None
+            return pl.when(condition)(action)
+
+        def prologue():
+            for i in range(slots):
+                guarded(i < steps, lambda i=i: fetch_records(i))
+
+        def fill_ring():
+            for i in range(ring):
+                guarded(i < steps, lambda i=i: fetch_x(i, x_full.at[x_slot(i)]))
+
+        if ring:
+            guarded(column == 0 if c.nw > 1 else True, fill_ring)
+        prologue()
+        if epilogue.vectors:
+            start = {"m": m0, "n": block * c.nw * CHANNELS}
+            size = {"m": c.bm, "n": c.nw * CHANNELS}
+            guarded(
+                warpgroup == 0 if c.workers > 1 else True,
+                lambda: epilogue.fetch(vector_gm, vector_sm, 0, fetched, start, size),
+            )
+
+        def refill_records(i):
+            """Refill the slot of step i, whose codes all four warps hold in registers."""
+            if interpret:
+                plgpu.commit_smem()
+            else:
+                _sync_warps()
+
+            @pl.when(i + slots < steps)
+            def _():
+                fetch_records(i + slots)
+
+        def release_x(i):
+            """Give back the activations of step i, and refill those of step i - lag."""
+            if not ring:
+                return
+
+            @pl.when(i + ring < steps)
+            def _():
+                plgpu.barrier_arrive(x_empty.at[x_slot(i)])
+
+            @pl.when((column == 0) & (i >= lag) & (i - lag + ring < steps))
+            def _():
+                plgpu.barrier_wait(x_empty.at[x_slot(i - lag)])
+                fetch_x(i - lag + ring, x_full.at[x_slot(i - lag)])
+
+        def x_part(i, record_index, tile):
+            k = record_index * DEPTH + tile * (span if rounded else record.group) // depth * depth
+            return x_sm.at[x_slot(i), :, pl.ds(k, depth)]
+
+        def dot(tile: Tile, x_ref):
+            """What a wgmma does, for the interpreter, which has none with a register operand."""
+            kind = acc_dtype if x.dtype == jnp.int8 else jnp.float32
+            return lax.dot_general(
+                tile.operand.astype(kind), x_ref[...].astype(kind), (((1,), (1,)), ((), ()))
+            )
+
+        def exact_step(i, sums):
+            s = warpgroup * slots + slot(i, slots)
+            plgpu.barrier_wait(full.at[s])
+            for j in range(c.records):
+                last = j == c.records - 1
+                tiles = decode(w_sm.at[s, j], 0)
+                if ring and j == 0:
+                    plgpu.barrier_wait(x_full.at[x_slot(i)])
+
+                def multiply(*accs, tiles=tiles, j=j, last=last):
+                    for q, (acc, tile) in enumerate(zip(accs, tiles, strict=True)):
+                        plgpu.wgmma(acc, tile.operand, x_part(i, j, q).T)
+                    if last and ring:
+                        refill_records(i)
+                    plgpu.wgmma_wait(0)
+                    return [acc[...] for acc in accs]
+
+                if interpret:
+                    products = [dot(t, x_part(i, j, q)) for q, t in enumerate(tiles)]
+                    if last and ring:
+                        refill_records(i)
+                else:
+                    acc = plgpu.ACC((CHANNELS, c.bm), acc_dtype)
+                    products = pl.run_scoped(multiply, *[acc] * len(tiles))
+                for product, tile in zip(products, tiles, strict=True):
+                    sums = sums + scale_rows(product.astype(jnp.float32), tile.scale)
+            if not ring:  # the slot holds activations too, which the wgmma reads to its end
+                refill_records(i)
+            release_x(i)
+            return sums
+
+        def rounded_step(acc):
+            def step(i, sums):
+                s = warpgroup * slots + slot(i, slots)
+                plgpu.barrier_wait(full.at[s])
+                for j in range(c.records):
+                    for half in range(DEPTH // HALF):
+                        (tile,) = decode(w_sm.at[s, j], half)
+                        first_piece = j == 0 and half == 0
+                        if first_piece and ring:
+                            plgpu.barrier_wait(x_full.at[x_slot(i)])
+                        x_ref = x_part(i, j, half)
+                        if acc is None:
+                            sums = sums + dot(tile, x_ref)
+                        else:
+                            plgpu.wgmma(acc, tile.operand, x_ref.T)
+                            plgpu.wgmma_wait(1)
+                        if first_piece:  # every wgmma of the step before is done
+                            guarded(i > 0, lambda: release_x(i - 1))
+                refill_records(i)
+                return sums
+
+            return step
+
+        def accumulate() -> list[jax.Array]:
+            """Return the sums over this share of k in pieces [64, width]."""
+            blank = jnp.zeros((CHANNELS, c.bm), jnp.float32)
+            if not rounded:
+                if not interpret:
+                    blank = plgpu.layout_cast(blank, plgpu.Layout.WGMMA)
+                return [lax.fori_loop(0, steps, exact_step, blank)]
+            if interpret:
+                sums = lax.fori_loop(0, steps, rounded_step(None), blank)
+                return [sums[:, p * width : (p + 1) * width] for p in range(pieces)]
+
+            def multiply(acc):
+                lax.fori_loop(0, steps, rounded_step(acc), zero)
+                plgpu.wgmma_wait(0)
+                return [acc[:, p * width : (p + 1) * width] for p in range(pieces)]
+
+            return pl.run_scoped(multiply, plgpu.ACC((CHANNELS, c.bm), jnp.float32))
+
+        def store(sums: jax.Array, piece):
+            first_token = piece * width
+            start = {"m": first_token, "n": column * CHANNELS}
+            store_tile(
+                epilogue.apply(sums, vector_gm, vector_sm, 0, start),
+                o_sm.at[column],
+                o_gm.at[pl.ds(m0 + first_token, width), pl.ds(channel_block * CHANNELS, CHANNELS)],
+                transpose=True,
+            )
+
+        def finish(sums: list[jax.Array]):
+            """Add the shares of the cluster's blocks and store; each piece has one owner."""
+            if c.cs == 1:
+                for p, piece in enumerate(sums):
+                    store(piece, p)
+                return
+            for p, piece in enumerate(sums):
+                owner = p // owned
+
+                @pl.when(rank != owner)
+                def _(p=p, piece=piece, owner=owner):
+                    sender = lax.rem(rank - owner + c.cs - 1, jnp.int32(c.cs))
+                    plgpu.async_store_smem(
+                        piece,
+                        peers_sm.at[sender, column, p % owned],
+                        peers_sent.at[column],
+                        cluster_idx=jnp.int32(owner),
+                        cluster_dim=CLUSTER,
+                    )
+
+            for owner in range(c.owners):
+
+                @pl.when(rank == owner)
+                def _(owner=owner):
+                    plgpu.barrier_wait(peers_sent.at[column])
+                    for q in range(owned):
+                        result = sums[owner * owned + q]
+                        for peer in range(c.cs - 1):
+                            result += load(peers_sm.at[peer, column, q], plgpu.Layout.WGMMA)
+                        store(result, owner * owned + q)
+
+        sums = accumulate()
+        if epilogue.vectors:
+            plgpu.barrier_wait(fetched)
+        if c.kw == 1:
+            finish(sums)
+        else:
+
+            @pl.when(share > 0)
+            def _():
+                for p, piece in enumerate(sums):
+                    sums_sm[share - 1, column, p] = piece
+                plgpu.barrier_arrive(summed.at[column])
+
+            @pl.when(share == 0)
+            def _():
+                plgpu.barrier_wait(summed.at[column])
+                added = list(sums)
+                for other in range(c.kw - 1):
+                    for p in range(pieces):
+                        added[p] += load(sums_sm.at[other, column, p], plgpu.Layout.WGMMA)
+                finish(added)
+
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    x_slots = c.kw * ring if ring else c.workers * slots
+    scratch: dict[str, Any] = {
+        "x_sm": _x_smem(x_slots, c.bm, extent, depth, x.dtype),
+        "w_sm": plgpu.SMEM((c.workers * slots, c.records, record.rows, WORDS), jnp.int32),
+        "o_sm": tiled_smem((c.nw, width, CHANNELS), problem.out_dtype),
+        "full": plgpu.Barrier(num_arrivals=1 if ring else 2, num_barriers=c.workers * slots),
+        **epilogue.scratch(1, c.bm, c.nw * CHANNELS),
+    }
+    if ring:
+        scratch["x_full"] = plgpu.Barrier(num_arrivals=1, num_barriers=x_slots)
+        scratch["x_empty"] = plgpu.Barrier(num_arrivals=c.nw, num_barriers=x_slots)
+    if epilogue.vectors:
+        scratch["fetched"] = plgpu.Barrier(num_arrivals=len(epilogue.vectors))
+    if c.kw > 1:
+        sums = (c.kw - 1, c.nw, pieces, CHANNELS, width)
+        scratch["sums_sm"] = tiled_smem(sums, jnp.float32)
+        scratch["summed"] = plgpu.Barrier(num_arrivals=c.kw - 1, num_barriers=c.nw)
+    if c.cs > 1:
+        peers = (c.cs - 1, c.nw, owned, CHANNELS, width)
+        scratch["peers_sm"] = plgpu.SMEM(peers, jnp.float32)
+        scratch["peers_sent"] = plgpu.Barrier(num_arrivals=(c.cs - 1) * owned, num_barriers=c.nw)
+    return launch(
+        body,
+        x,
+        records,
+        *vectors,
+        out=jax.ShapeDtypeStruct((m, n), problem.out_dtype),
+        scratch=scratch,
+        grid=row_tiles * column_tiles,
+        cluster=c.cs,
+        warpgroups=c.workers,
+        name=name,
+        interpret=interpret,
+    )
