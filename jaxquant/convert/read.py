@@ -1,8 +1,8 @@
-"""Open a checkpoint directory: which files, which tensors, which config.  Nothing is read yet.
+"""What a checkpoint is made of: every linear with its format, and all other tensors as they are.
 
->>> checkpoint = open_checkpoint("Qwen3-8B-FP8")                              # doctest: +SKIP
->>> checkpoint.tensors["model.norm.weight"].shape                             # doctest: +SKIP
-(4096,)
+>>> checkpoint = open_checkpoint("Qwen3-8B-FP8")                                 # doctest: +SKIP
+>>> modules(checkpoint)["model.layers.0.self_attn.q_proj"].layout                # doctest: +SKIP
+e4m3[out,in] scale 128x128
 """
 
 from __future__ import annotations
@@ -10,271 +10,283 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from jaxquant.convert.read_json import load_object, parse, scan_object
-from jaxquant.convert.read_safetensors import map_file, read_safetensors
-from jaxquant.errors import FormatError
-from jaxquant.formats.base import FormatWarning, RawTensor, method_of
-
-MAX_INDEX_BYTES = 64 << 20
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-TEXT_CONFIGS = ("text_config", "language_config", "llm_config", "thinker_config")
-SIDE_FILES = (
-    "quantize_config.json",
-    "quant_config.json",
-    "hf_quant_config.json",
-    "quantization_config.json",
+from jaxquant.arrays.layout import Layout
+from jaxquant.arrays.qtensor import QTensor
+from jaxquant.convert.read_checkpoint import Checkpoint as Checkpoint
+from jaxquant.convert.read_checkpoint import open_checkpoint as open_checkpoint
+from jaxquant.convert.read_experts import check_expert_indices, expand_experts
+from jaxquant.errors import FormatError, LayoutError
+from jaxquant.formats import detect
+from jaxquant.formats.base import (
+    DENSE_DTYPES,
+    Coverage,
+    Format,
+    FormatWarning,
+    RawModule,
+    RawTensor,
+    Spec,
 )
+from jaxquant.formats.checks import verify
+from jaxquant.formats.dense import DENSE
+from jaxquant.formats.names import ignored_by
+
+EMBEDDINGS = re.compile(
+    r"(^|\.)(embed_tokens|tok_embeddings|word_embeddings|wte|wpe|embed_in|embed_out_tokens"
+    r"|embeddings|embedding|position_embeddings|embed_positions|token_type_embeddings)$"
+)
+USUALLY_DENSE = re.compile(r"(^|\.)(lm_head|gate|router|shared_expert_gate|eh_proj|head)$")
+ATTENTION_MODELS = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """A directory of safetensors with its configs; tensors are read one by one on demand.
+class QuantizedModule:
+    """One linear of a checkpoint, not read yet.
 
     Attributes:
-        path: the directory.
-        config: ``config.json``, ``{}`` where there is none.
-        quant_config: the description of the quantization, None for an unquantized checkpoint.
-        tensors: every tensor by name, unread.
-        metadata: ``__metadata__`` strings of all files.
+        path: module path as the checkpoint names it.
+        format: its format; ``dense`` for an unquantized weight.
+        spec: how the format arranges it.
+        raw: suffix -> tensor.
+        shape: logical (out, in).
     """
 
-    path: Path
-    config: Mapping[str, Any]
-    quant_config: Mapping[str, Any] | None
-    tensors: Mapping[str, RawTensor]
-    metadata: Mapping[str, str]
+    path: str
+    format: Format
+    spec: Spec
+    raw: Mapping[str, RawTensor]
+    shape: tuple[int, int]
 
     @property
-    def method(self) -> str:
-        """The normalised ``quant_method``, "" for an unquantized checkpoint."""
-        return method_of(self.quant_config or {})
+    def layout(self) -> Layout:
+        """Layout of the loaded QTensor."""
+        return self.spec.layout(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors on disk."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        """Bytes on disk."""
+        return sum(tensor.nbytes for tensor in self.raw.values())
+
+    def abstract(self) -> QTensor:
+        """The loaded QTensor with ``jax.ShapeDtypeStruct`` leaves; reads nothing."""
+        return self.spec.abstract(self.shape)
+
+    def load(self) -> QTensor:
+        """Read and decode the weight: NumPy leaves, views of the file where that is possible.
+
+        Raises:
+            FormatError: the data breaks the format; names file, module and leaf.
+        """
+        arrays = {suffix: tensor.read() for suffix, tensor in self.raw.items()}
+        try:
+            return verify(self.format.decode(arrays, self.spec, self.shape), self.spec)
+        except (FormatError, LayoutError) as error:
+            file = next(iter(self.raw.values())).file
+            where = f"{file}: {self.path}: {error.where}"
+            raise FormatError(where, error.found, error.rule, error.action) from None
 
 
-def _root(directory: Path) -> Path:
-    """Where links of a checkpoint may lead: the directory, or a hub cache's whole entry."""
-    resolved = directory.resolve()
-    return resolved.parent.parent if resolved.parent.name == "snapshots" else resolved
+class Contents(NamedTuple):
+    """All of a checkpoint, each tensor on exactly one side.
 
-
-def _inside(directory: Path, name: str, where: str) -> Path:
-    """The file ``name`` of ``directory``.
-
-    Raises:
-        FormatError: the name has a separator, is no plain name, is missing or links out.
+    Attributes:
+        modules: every linear by module path.
+        tensors: every other tensor by full name: norms, embeddings, biases, KV scales ...
     """
-    rule = "a plain file name in the checkpoint's folder"
-    if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
-        raise FormatError(where, f"file {name!r}", rule)
-    path = directory / name
-    if not path.is_file():
-        raise FormatError(where, f"file {name!r} does not exist", rule, "download it")
-    if not path.resolve().is_relative_to(_root(directory)):
-        raise FormatError(where, f"file {name!r} links to {path.resolve()}", rule)
-    return path
+
+    modules: dict[str, QuantizedModule]
+    tensors: dict[str, RawTensor]
 
 
-def _single_file(directory: Path) -> list[str]:
-    """Names of the weight files of a directory without an index."""
-    names = sorted(p.name for p in directory.glob("*.safetensors"))
-    if "model.safetensors" in names:
-        return ["model.safetensors"]
-    shards = [n for n in names if re.search(r"-\d{5}-of-\d{5}\.safetensors$", n)]
-    if shards:
-        count = int(shards[0][-17:-12])
-        if len(shards) != count:
-            raise FormatError(
-                str(directory), f"{len(shards)} of {count} shards", "every shard is present"
-            )
-        return shards
-    own = [n for n in names if not n.startswith("consolidated")] or names
-    if len(own) == 1:
-        return own
-    if own:
-        raise FormatError(
-            str(directory),
-            f"several weight files and no index: {', '.join(own[:8])}",
-            "one file, or model.safetensors.index.json",
-        )
-    pickles = sorted(p.name for pattern in PICKLES for p in directory.glob(pattern))
-    if pickles:
-        raise FormatError(
-            str(directory),
-            f"only pickled weights ({', '.join(pickles[:4])})",
-            "a pickle can run any code when it is read",
-            "convert it to safetensors with the tool that made it (save_pretrained writes them)",
-        )
-    raise FormatError(str(directory), "no .safetensors file", "a checkpoint directory has weights")
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> file name of ``model.safetensors.index.json``."""
-    where = str(path)
-    buffer = map_file(path)
-    if len(buffer) > MAX_INDEX_BYTES:
-        raise FormatError(where, f"{len(buffer)} bytes", f"at most {MAX_INDEX_BYTES}")
-    names: dict[str, str] = {}
-    files: dict[str, str] = {}
-    members: set[str] = set()
-    for member, low, high in scan_object(buffer, where, 0, len(buffer)):
-        if member in members:
-            raise FormatError(where, f"key {member!r} twice", "keys are unique")
-        members.add(member)
-        if member != "weight_map":
-            continue
-        for name, start, stop in scan_object(buffer, f"{where}: weight_map", low, high):
-            if name in names:
-                raise FormatError(f"{where}: {name}", "twice in weight_map", "names are unique")
-            file = parse(buffer[start:stop], f"{where}: {name}")
-            if not isinstance(file, str):
-                raise FormatError(f"{where}: {name}", f"{str(file)[:80]}", "a file name")
-            names[name] = files.setdefault(file, file)
-    if "weight_map" not in members:
-        raise FormatError(where, "no weight_map", "it says which file holds which tensor")
-    return names
-
-
-def _same_bytes(a: RawTensor, b: RawTensor) -> bool:
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    left, right = (np.ravel(t.read()).view(np.uint8) for t in (a, b))
-    step = 1 << 20
-    return all(
-        np.array_equal(left[i : i + step], right[i : i + step]) for i in range(0, left.size, step)
-    )
-
-
-def _read_shards(directory: Path, index: Path) -> tuple[dict[str, RawTensor], dict[str, str]]:
-    """Exactly the tensors that the index lists, each from the file that it names."""
-    wanted = _read_index(index)
-    stored: dict[str, dict[str, RawTensor]] = {}
-    metadata: dict[str, str] = {}
-    homes: dict[str, str] = {}
-    unlisted: list[str] = []
-    for file in dict.fromkeys(wanted.values()):
-        content = read_safetensors(_inside(directory, file, str(index)))
-        stored[file] = content.tensors
-        metadata |= content.metadata
-        for name, tensor in content.tensors.items():
-            first = homes.setdefault(name, file)
-            if first != file and not _same_bytes(stored[first][name], tensor):
-                raise tensor.error(
-                    f"also in {first}, with other content", "a tensor is stored once"
-                )
-            if name not in wanted:
-                unlisted.append(name)
-    if unlisted:
-        warnings.warn(
-            f"{index}: {len(unlisted)} tensors are not listed and ignored, e.g. {unlisted[0]}",
-            FormatWarning,
-            stacklevel=4,
-        )
-    missing = [name for name, file in wanted.items() if name not in stored[file]]
-    if missing:
-        raise FormatError(
-            f"{directory / wanted[missing[0]]}: {missing[0]}",
-            f"missing ({len(missing)} such tensors)",
-            f"{index.name} says that it is here",
-            "download the shard again",
-        )
-    return {name: stored[file][name] for name, file in wanted.items()}, metadata
-
-
-def _section(config: Mapping[str, Any], key: str, where: str) -> dict[str, Any] | None:
-    value = config.get(key)
-    if value is None or value == {}:
-        return None
-    if not isinstance(value, dict):
-        raise FormatError(f"{where}: {key}", f"a JSON {type(value).__name__}", "an object or null")
-    return value
-
-
-def _find_quant_config(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The quantization's description, from config.json or a side file (formats.md 0.1)."""
-    where = str(directory / "config.json")
-    nested = (_section(config, key, where) for key in TEXT_CONFIGS)
-    for section in (config, *filter(None, nested)):
-        if (found := _section(section, "quantization_config", where)) is not None:
-            return found
-        if (found := _section(section, "compression_config", where)) is not None:
-            inner = _section(found, "quantization_config", where) or found
-            return {"quant_method": "compressed-tensors"} | inner
-    found = {n: load_object(directory / n) for n in SIDE_FILES if (directory / n).is_file()}
-    if len(found) > 1:
-        raise FormatError(
-            str(directory),
-            f"quantization described by {' and '.join(found)}",
-            "one description",
-            "keep the file of the method that made this checkpoint",
-        )
-    for name, side in found.items():
-        return _side_config(name, side, str(directory / name))
+def _split(name: str, suffixes: frozenset[str], deepest: int) -> tuple[str, str] | None:
+    """Cut a tensor name into module path and known suffix, the longest suffix that is known."""
+    parts = name.split(".")
+    for count in range(min(deepest, len(parts) - 1), 0, -1):
+        suffix = ".".join(parts[-count:])
+        if suffix in suffixes:
+            return ".".join(parts[:-count]), suffix
     return None
 
 
-def _side_config(name: str, side: dict[str, Any], where: str) -> dict[str, Any]:
-    """Bring a side file's content into the form of a ``quantization_config``."""
-    if name == "hf_quant_config.json":
-        inner = _section(side, "quantization", where) or side
-        ignore = inner.get("exclude_modules") or inner.get("ignore") or []
-        return {"quant_method": "modelopt"} | inner | {"ignore": ignore}
-    if side.get("quant_method") or side.get("quant_method", "") is None:
-        return side
-    if {"w_bit", "q_group_size", "version", "zero_point"} & set(side):
-        return {"quant_method": "awq"} | side
-    if {"bits", "desc_act"} <= set(side):
-        return {"quant_method": "gptq"} | side
-    if "wbits" in side:
-        return {"quant_method": "qoq"} | side
-    raise FormatError(where, f"keys {sorted(side)[:8]}", "a known quantizer's config")
+def _group(
+    tensors: Mapping[str, RawTensor], suffixes: Iterable[str]
+) -> tuple[dict[str, dict[str, RawTensor]], dict[str, RawTensor]]:
+    known = frozenset(suffixes) | {"weight"}
+    deepest = max(suffix.count(".") + 1 for suffix in known)
+    groups: dict[str, dict[str, RawTensor]] = {}
+    rest: dict[str, RawTensor] = {}
+    for name, tensor in tensors.items():
+        cut = _split(name, known, deepest)
+        if cut is None:
+            rest[name] = tensor
+        else:
+            groups.setdefault(cut[0], {})[cut[1]] = tensor
+    return groups, rest
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a checkpoint directory without reading any tensor.
+def _is_marked(fmt: Format, tensors: Mapping[str, RawTensor]) -> bool:
+    """Whether a module has a tensor that only quantized modules have."""
+    weight = tensors.get("weight")
+    odd = weight is not None and weight.dtype not in DENSE_DTYPES and len(weight.shape) > 1
+    return odd or any(marker in tensors for marker in fmt.markers)
+
+
+def _is_linear(path: str, tensors: Mapping[str, RawTensor]) -> bool:
+    weight = tensors.get("weight")
+    return (
+        weight is not None
+        and len(weight.shape) == 2
+        and weight.dtype in DENSE_DTYPES
+        and EMBEDDINGS.search(path) is None
+    )
+
+
+def build_module(fmt: Format, spec: Spec, raw: RawModule) -> QuantizedModule:
+    """Check a module's tensors against its slots.
+
+    Raises:
+        FormatError: a slot is missing, or has another dtype or shape; names slot and path.
+    """
+    shape = fmt.shape(spec, raw)
+    claimed: dict[str, RawTensor] = {}
+    for slot in fmt.slots(spec, shape):
+        tensor = raw.need(slot.suffix) if slot.required else raw.get(slot.suffix)
+        if tensor is None:
+            continue
+        if tensor.dtype not in slot.dtypes:
+            raise tensor.error(f"dtype {tensor.dtype}", f"{' or '.join(slot.dtypes)}")
+        if slot.shapes and tensor.shape not in slot.shapes:
+            expected = " or ".join(str(list(s)) for s in slot.shapes)
+            raise tensor.error(f"shape {list(tensor.shape)}", expected)
+        claimed[slot.suffix] = tensor
+    return QuantizedModule(raw.path, fmt, spec, claimed, shape)
+
+
+def _quantized(
+    fmt: Format, config: Mapping[str, Any], coverage: Coverage, raw: RawModule
+) -> QuantizedModule:
+    entry = ignored_by(coverage, raw.path)
+    if entry is not None:
+        raise raw.error(
+            f"quantized tensors {sorted(raw.tensors)}",
+            f"the config ignores it by {entry!r}",
+            "config and tensors contradict each other: correct the ignore list",
+        )
+    if fmt is DENSE:
+        raise raw.error(
+            f"quantized tensors {sorted(raw.tensors)}",
+            "the checkpoint has no quantization_config",
+            "add the quantizer's config to config.json",
+        )
+    spec = fmt.spec(config, raw)
+    if spec is None:
+        raise raw.error(
+            f"quantized tensors {sorted(raw.tensors)}",
+            "the config does not mean this module to be quantized",
+            "config and tensors contradict each other: correct the targets",
+        )
+    return build_module(DENSE if spec.kind == "dense" else fmt, spec, raw)
+
+
+def survey(checkpoint: Checkpoint) -> Contents:
+    """Sort every tensor of a checkpoint: linears with their formats, and the rest.
+
+    Stacked experts come as one module an expert (``….experts.3.gate_proj``).
+
+    Raises:
+        FormatError: a module contradicts its format or the config.
+    """
+    config = checkpoint.quant_config or {}
+    fmt = detect(config) if config else DENSE
+    coverage = fmt.coverage(config)
+    expanded = expand_experts(checkpoint.tensors, checkpoint.config)
+    groups, rest = _group(expanded, fmt.suffixes)
+    modules: dict[str, QuantizedModule] = {}
+    unquantized: list[str] = []
+    for path, tensors in groups.items():
+        raw = RawModule(path, tensors, checkpoint.config)
+        if _is_marked(fmt, tensors) and not (path.endswith("norm") and len(tensors) == 1):
+            module = _quantized(fmt, config, coverage, raw)
+        elif _is_linear(path, tensors):
+            module = build_module(DENSE, DENSE.spec(config, raw), raw)
+            if fmt is not DENSE and not USUALLY_DENSE.search(path) and coverage.targeted(path):
+                unquantized.append(path)
+        else:
+            rest |= {tensor.name: tensor for tensor in tensors.values()}
+            continue
+        modules[path] = module
+        claimed = module.raw.keys()
+        rest |= {t.name: t for suffix, t in tensors.items() if suffix not in claimed}
+    _warn_unquantized(checkpoint, coverage, unquantized)
+    _warn_unmatched(checkpoint, coverage, [*groups])
+    check_expert_indices(modules, checkpoint.config, str(checkpoint.path))
+    _check_heads(checkpoint, modules)
+    return Contents(modules, rest)
+
+
+def _warn_unquantized(checkpoint: Checkpoint, coverage: Coverage, paths: list[str]) -> None:
+    odd = [path for path in paths if ignored_by(coverage, path) is None]
+    if odd:
+        warnings.warn(
+            f"{checkpoint.path}: the config means {len(odd)} modules to be quantized that have "
+            f"plain 16-bit weights, e.g. {odd[0]}; they are used as they are",
+            FormatWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_unmatched(checkpoint: Checkpoint, coverage: Coverage, paths: list[str]) -> None:
+    entries = [e for e in coverage.ignored if not re.search(r"lm_head|embed|vis", e)]
+    if not entries:
+        return
+    parents = {path.rpartition(".")[0] for path in paths}
+    known = [*paths, *parents, *{parent.rpartition(".")[0] for parent in parents}]
+    if not any(ignored_by(coverage._replace(ignored=tuple(entries)), path) for path in known):
+        warnings.warn(
+            f"{checkpoint.path}: no entry of the ignore list matches a module, e.g. "
+            f"{entries[0]!r}: is the root of its names another one?",
+            FormatWarning,
+            stacklevel=3,
+        )
+
+
+def _check_heads(checkpoint: Checkpoint, modules: Mapping[str, QuantizedModule]) -> None:
+    """The rows of ``k_proj`` are the config's key heads (not so in a pre-sharded file)."""
+    config = checkpoint.config
+    heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    hidden, width = config.get("hidden_size"), config.get("head_dim")
+    if config.get("model_type") not in ATTENTION_MODELS or type(kv_heads) is not int:
+        return
+    if type(width) is not int:
+        if type(heads) is not int or type(hidden) is not int or heads < 1:
+            return
+        width = hidden // heads
+    for path, module in modules.items():
+        if path.endswith("self_attn.k_proj") and module.shape[0] != kv_heads * width:
+            raise FormatError(
+                f"{next(iter(module.raw.values())).file}: {path}",
+                f"{module.shape[0]} rows",
+                f"num_key_value_heads x head_dim = {kv_heads} x {width}",
+                "the file may be one shard of a tensor-parallel export",
+            )
+
+
+def modules(checkpoint: Checkpoint) -> dict[str, QuantizedModule]:
+    """Every linear of a checkpoint by module path, not read yet."""
+    return survey(checkpoint).modules
+
+
+def read_quantized(path: str | Path) -> dict[str, QTensor]:
+    """Read every linear of a checkpoint directory.
 
     Args:
-        path: a directory with one safetensors file, or shards and their index.
+        path: a directory of safetensors.
+    Returns:
+        module path -> weight; unquantized linears are dense.  Leaves are NumPy arrays.
     Raises:
-        FormatError: the directory, a header, the index or a config breaks its rules; pickled
-            weights are refused.
+        FormatError: the checkpoint breaks its format.
     """
-    directory = Path(path)
-    if directory.is_file() and directory.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        raise FormatError(
-            str(path),
-            "a pickle",
-            "a pickle can run any code when it is read",
-            "convert it to safetensors with the tool that made it",
-        )
-    if not directory.is_dir():
-        raise FormatError(str(path), "no such directory", "a checkpoint directory")
-    config_path = directory / "config.json"
-    config = load_object(config_path) if config_path.is_file() else {}
-    indexes = sorted(directory.glob("*.safetensors.index.json"))
-    if len(indexes) > 1:
-        indexes = [p for p in indexes if p.name == "model.safetensors.index.json"] or indexes
-        if len(indexes) > 1:
-            raise FormatError(str(path), f"indexes {[p.name for p in indexes]}", "one index")
-    if indexes:
-        tensors, metadata = _read_shards(directory, indexes[0])
-    else:
-        tensors, metadata = {}, {}
-        for name in _single_file(directory):
-            content = read_safetensors(_inside(directory, name, str(directory)))
-            for key, tensor in content.tensors.items():
-                if key in tensors and not _same_bytes(tensors[key], tensor):
-                    raise tensor.error(f"also in {tensors[key].file}", "a tensor is stored once")
-                tensors[key] = tensor
-            metadata |= content.metadata
-    quant_config = _find_quant_config(directory, config)
-    return Checkpoint(directory, config, quant_config, tensors, metadata)
+    return {name: module.load() for name, module in modules(open_checkpoint(path)).items()}

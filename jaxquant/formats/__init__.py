@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxquant.errors import FormatError
 from jaxquant.formats.awq import AWQ
-from jaxquant.formats.base import Format, method_of
+from jaxquant.formats.base import Format
 from jaxquant.formats.compressed_tensors import COMPRESSED_TENSORS
 from jaxquant.formats.dense import DENSE
 from jaxquant.formats.fp8 import FP8

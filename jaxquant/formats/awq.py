@@ -226,7 +226,7 @@ def awq_decode(arrays: Mapping[str, np.ndarray], spec: AWQSpec, shape: tuple[int
 
 def awq_encode(q: QTensor, spec: AWQSpec) -> dict[str, np.ndarray]:
     """The tensors as AWQ tools write them."""
-    out, inputs = q.shape
+    inputs = q.shape[1]
     data = tuple(np.asarray(plane) for plane in q.data)
     scales = np.asarray(q.scales[0])
     zeros = np.asarray(q.zeros[0]) if q.zeros else np.full(scales.shape, 8, np.uint8)

@@ -1,8 +1,8 @@
 """compressed-tensors (llm-compressor): four arrangements under one config (formats.md 5, 2.1, 1.6).
 
-``pack-quantized`` words, ``int-quantized`` and ``float-quantized`` 8-bit arrays (``naive-quantized``
-is either), ``mxfp8-quantized``, and the 4-bit floats ``nvfp4-pack-quantized`` and
-``mxfp4-pack-quantized``.  The tensors that a module has decide which; the config must agree.
+``pack-quantized`` words, ``int-quantized`` and ``float-quantized`` 8-bit arrays
+(``naive-quantized`` is either), ``mxfp8-quantized``, and the 4-bit floats ``nvfp4-pack-quantized``
+and ``mxfp4-pack-quantized``.  The tensors that a module has decide which; the config must agree.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def _decode(arrays: Mapping[str, np.ndarray], spec: Any, shape: tuple[int, int])
         return fp4_decode(arrays, spec, shape)
     if not spec.code.packed:
         return scaled_decode(arrays, spec, shape)
-    # Narrow integers in bytes, one each: packed here, so that kernels see what pack-quantized gives.
+    # Narrow integers, a byte each: packed here, so that kernels see what pack-quantized gives.
     wide = dataclasses.replace(spec, code=CODES["uint8" if spec.zeros else "int8"])
     q = scaled_decode(arrays, wide, shape)
     code = spec.code

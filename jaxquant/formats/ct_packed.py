@@ -161,9 +161,10 @@ def packed_spec(
     if zero is None and not weights.symmetric:
         raise module.error("no weight_zero_point", "an asymmetric weight has zero points")
     g_idx = module.get("weight_g_idx")
-    static = acts is not None and acts.dynamic is False
-    act_scale = module.need("input_scale") if static else None
-    act_zero = module.get("input_zero_point") if static and not acts.symmetric else None
+    act_scale = act_zero = None
+    if acts is not None and acts.dynamic is False:
+        act_scale = module.need("input_scale")
+        act_zero = None if acts.symmetric else module.need("input_zero_point")
     zeros = (Leaf(grid, "uint8"),) if keep_zero or not weights.symmetric else ()
     return PackedSpec(
         kind="pack-quantized",

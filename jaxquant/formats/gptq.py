@@ -7,8 +7,9 @@
 ``g_idx``    I32 [in], the group of every input; absent means k // group
 ===========  ==========================================================
 
-value = (code - zero) x scale.  Symmetric files have the constant zero 2**(bits-1): they become signed
-codes without zero points.  With act-order the inputs are sorted by group and ``perm`` is kept.
+value = (code - zero) x scale.  Symmetric files have the constant zero 2**(bits-1): they become
+signed codes without zero points.  With act-order the inputs are sorted by group and ``perm`` is
+kept.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class GPTQSpec(Spec):
     Attributes:
         group: inputs to a scale, -1 for all.
         version: 1 where the file stores zero points less one, else 2.
+        one_bits: the width of the ones that v1 files subtract from words of zero points.  GPTQModel
+            takes the checkpoint's width, also for modules that a ``dynamic`` rule gives another.
         scale_dtype: safetensors dtype of ``scales``.
         qzeros: whether the file has zero points.
         g_idx: safetensors dtype of ``g_idx``, None where the file has none.
@@ -62,6 +65,7 @@ class GPTQSpec(Spec):
 
     group: int
     version: int
+    one_bits: int
     scale_dtype: str
     qzeros: bool
     g_idx: str | None
@@ -102,7 +106,8 @@ def _coverage(config: Mapping[str, Any]) -> Coverage:
 
 
 def _spec(config: Mapping[str, Any], module: RawModule) -> GPTQSpec:
-    settings = {**config, **_dynamic(config, module.path)[1]}
+    override = _dynamic(config, module.path)[1]
+    settings = {**config, **override}
     declared = str(settings.get("checkpoint_format") or settings.get("format") or "").lower()
     if declared not in VERSIONS:
         raise FormatError(
@@ -115,10 +120,12 @@ def _spec(config: Mapping[str, Any], module: RawModule) -> GPTQSpec:
         raise FormatError(
             "quantization_config: pack_dtype", repr(settings["pack_dtype"]), "'int32' is read"
         )
+    bits = integer(settings, "bits", "weight_bits")
     return gptq_spec(
         module,
-        integer(settings, "bits", "weight_bits"),
+        bits,
         integer(settings, "group_size"),
+        one_bits=integer(config, "bits", "weight_bits") if "bits" in override else bits,
         symmetric=settings.get("sym", True) is not False,
         version=VERSIONS[declared],
         act_order=settings.get("desc_act", False) is True,
@@ -126,7 +133,14 @@ def _spec(config: Mapping[str, Any], module: RawModule) -> GPTQSpec:
 
 
 def gptq_spec(
-    module: RawModule, bits: int, group: int, *, symmetric: bool, version: int, act_order: bool
+    module: RawModule,
+    bits: int,
+    group: int,
+    *,
+    one_bits: int,
+    symmetric: bool,
+    version: int,
+    act_order: bool,
 ) -> GPTQSpec:
     """Spec from the family's settings and the module's zero points and group index.
 
@@ -158,7 +172,9 @@ def gptq_spec(
     grid: Grid = (1, 1) if layout == "ragged" else (1, WHOLE if group == -1 else group)
     zeros = False
     if qzeros is not None:
-        zeros, version = _zero_points(module, bits, groups, out, symmetric, version)
+        zeros, version, one_bits = _zero_points(
+            module, bits, one_bits, groups, out, symmetric, version
+        )
     elif not symmetric:
         raise module.error("no qzeros", "an asymmetric GPTQ weight has zero points")
     return GPTQSpec(
@@ -170,6 +186,7 @@ def gptq_spec(
         perm=layout == "sorted",
         group=group,
         version=version,
+        one_bits=one_bits,
         scale_dtype=scales.dtype,
         qzeros=qzeros is not None,
         g_idx=None if g_idx is None else g_idx.dtype,
@@ -217,10 +234,39 @@ def _group_layout(
     return "ragged"
 
 
+def _ones(bits: int) -> np.uint32:
+    """A word with 1 in every field of ``bits`` bits."""
+    return np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
+
+
+def _read_zeros(words: np.ndarray, bits: int, one_bits: int, out: int, version: int) -> np.ndarray:
+    """Zero points uint8 ``[groups, out]`` of stored words."""
+    if version == 1 and one_bits != bits and 3 not in (bits, one_bits):
+        return words_to_elements(words.view(np.uint32) + _ones(one_bits), bits, out)
+    stored = words_to_elements(words, bits, out)
+    return (stored + np.uint8(2 - version)) & np.uint8((1 << bits) - 1)
+
+
+def _write_zeros(zeros: np.ndarray, spec: GPTQSpec) -> np.ndarray:
+    """Inverse of :func:`_read_zeros`."""
+    bits = spec.code.bits
+    if spec.version == 1 and spec.one_bits != bits and 3 not in (bits, spec.one_bits):
+        words = elements_to_words(zeros, bits).view(np.uint32) - _ones(spec.one_bits)
+        return words.view(np.int32)
+    stored = (zeros - np.uint8(2 - spec.version)) & np.uint8((1 << bits) - 1)
+    return elements_to_words(stored, bits)
+
+
 def _zero_points(
-    module: RawModule, bits: int, groups: int, out: int, symmetric: bool, version: int
-) -> tuple[bool, int]:
-    """Whether real zero points remain, and the version that the data shows."""
+    module: RawModule,
+    bits: int,
+    one_bits: int,
+    groups: int,
+    out: int,
+    symmetric: bool,
+    version: int,
+) -> tuple[bool, int, int]:
+    """Whether real zero points remain, and the version and width of ones that the data shows."""
     qzeros = module.need("qzeros")
     expected = (groups, out * bits // 32)
     if qzeros.dtype not in ("I32", "U32") or qzeros.shape != expected or out * bits % 32:
@@ -229,12 +275,13 @@ def _zero_points(
         raise qzeros.error(
             f"{qzeros.dtype} {list(qzeros.shape)}", f"I32 {list(expected)} for {bits} bits", hint
         )
-    middle, mask = 1 << (bits - 1), (1 << bits) - 1
-    stored = words_to_elements(qzeros.read(), bits, out)
+    words, middle = qzeros.read(), 1 << (bits - 1)
     where = f"{qzeros.file}: {qzeros.name}"
     if symmetric:
-        for candidate, constant in ((1, middle - 1), (2, middle)):
-            if (stored == constant).all():
+        for candidate, ones in dict.fromkeys(
+            ((version, one_bits), (version, bits), (3 - version, bits))
+        ):
+            if (_read_zeros(words, bits, ones, out, candidate) == middle).all():
                 if candidate != version:
                     warnings.warn(
                         f"{where}: zero points are those of gptq v{candidate}, the config says "
@@ -242,19 +289,19 @@ def _zero_points(
                         FormatWarning,
                         stacklevel=2,
                     )
-                return False, candidate
+                return False, candidate, ones
         warnings.warn(
             f"{where}: the config says symmetric, the zero points vary; they are used",
             FormatWarning,
             stacklevel=2,
         )
-    if version == 1 and (stored == mask).any():
+    if version == 1 and not _read_zeros(words, bits, one_bits, out, version).all():
         warnings.warn(
-            f"{where}: stored zero point {mask} is read as 0, the wrapped value of -1",
+            f"{where}: a stored zero point of -1 is read as zero point 0",
             FormatWarning,
             stacklevel=2,
         )
-    return True, version
+    return True, version, one_bits
 
 
 def gptq_shape(spec: GPTQSpec, module: RawModule) -> tuple[int, int]:
@@ -285,10 +332,8 @@ def gptq_decode(
     scales = np.ascontiguousarray(arrays["scales"].T)
     zeros = None
     if spec.zeros:
-        stored = words_to_elements(arrays["qzeros"], code.bits, out)
-        if spec.version == 1:
-            stored = (stored + np.uint8(1)) & np.uint8((1 << code.bits) - 1)
-        zeros = np.ascontiguousarray(stored.T)
+        read = _read_zeros(arrays["qzeros"], code.bits, spec.one_bits, out, spec.version)
+        zeros = np.ascontiguousarray(read.T)
     perm = None
     if spec.perm:
         perm = np.argsort(arrays["g_idx"], kind="stable").astype(np.int32)
@@ -307,7 +352,7 @@ def gptq_encode(q: QTensor, spec: GPTQSpec) -> dict[str, np.ndarray]:
     """The tensors as GPTQ tools write them."""
     if spec.ragged:
         raise FormatError("gptq", "groups of unequal size", "they are read, not written")
-    out, inputs = q.shape
+    inputs = q.shape[1]
     code, bits = spec.code, spec.code.bits
     data = tuple(np.asarray(plane) for plane in q.data)
     if code.name == "int8":
@@ -319,13 +364,12 @@ def gptq_encode(q: QTensor, spec: GPTQSpec) -> dict[str, np.ndarray]:
         groups = groups[order]
     middle = 1 << (bits - 1)
     zeros = np.asarray(q.zeros[0]).T if q.zeros else np.full(q.scales[0].shape[::-1], middle)
-    stored = (zeros.astype(np.uint8) - np.uint8(2 - spec.version)) & np.uint8((1 << bits) - 1)
     arrays = {
         "qweight": transpose_copy(data_to_rows(data, code, inputs)),
         "scales": np.ascontiguousarray(np.asarray(q.scales[0]).T),
     }
     if spec.qzeros:
-        arrays["qzeros"] = elements_to_words(stored, bits)
+        arrays["qzeros"] = _write_zeros(zeros.astype(np.uint8), spec)
     if spec.g_idx is not None:
         arrays["g_idx"] = groups.astype(numpy_dtype(spec.g_idx))
     return arrays

@@ -1,7 +1,8 @@
 """One array of 8-bit codes [out, in] beside one array of scales: what fp8 and int8 families share.
 
 value = code x scale, or (code - zero) x scale.  The scale covers the whole tensor ([] or [1]), a
-channel ([out, 1] or [out]), blocks ([ceil(out/bo), ceil(in/bi)]) or one part of a fused module ([n]).
+channel ([out, 1] or [out]), blocks ([ceil(out/bo), ceil(in/bi)]) or one part of a fused module
+([n]).
 """
 
 from __future__ import annotations
@@ -126,7 +127,9 @@ def scale_grid(
         else:
             assert block is not None
             cover = (cells(rows, block[0]), cells(columns, block[1]))
-            shapes, grid = (cover,), block
+            # One block is written as a scalar by some tools.
+            shapes = (cover, (), (1,)) if cover == (1, 1) else (cover,)
+            grid = block
         if scale.shape in shapes:
             return grid
         if kind == "block" and len(scale.shape) > 2:

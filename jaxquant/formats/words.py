@@ -22,7 +22,7 @@ from jaxquant.transforms.repack import (
 def rows_to_data(words: np.ndarray, code: Code, count: int) -> tuple[np.ndarray, ...]:
     """Data planes ``[out, in / step]`` of words ``[out, W]`` whose bit stream runs along ``in``.
 
-    Widths that divide 32 are already in our order, LSB first: the words are only looked at as bytes.
+    Widths that divide 32 are already in our order, LSB first: words are only looked at as bytes.
 
     Args:
         words: int32 ``[out, W]``, rows of dense bit streams.
