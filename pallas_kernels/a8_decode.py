@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ from pallas_kernels.problem import Config, Kernel, Problem
 from pallas_kernels.tiles import (
     COLUMN,
     SMEM_RESERVE,
+    accumulator,
     cdiv,
     drain,
     load,
@@ -163,7 +165,7 @@ def matmul(
     shape = (CHANNELS, c.bm)
     epilogue = epilogue_of(problem, transposed=True)
     names = operand_names(problem)
-    acc_type = plgpu.ACC(shape, accumulator_dtype(problem))
+    acc_type = accumulator(shape, accumulator_dtype(problem))
 
     def body(
         *refs,
@@ -172,12 +174,12 @@ def matmul(
         o_sm,
         full,
         empty,
-        tile_full=None,
-        groups_sm=None,
-        sums_sm=None,
-        summed=None,
-        peers_sm=None,
-        peers_sent=None,
+        tile_full: Any = None,
+        groups_sm: Any = None,
+        sums_sm: Any = None,
+        summed: Any = None,
+        peers_sm: Any = None,
+        peers_sent: Any = None,
         **vectors,
     ):
         gmem, o_gm = dict(zip(names, refs, strict=False)), refs[-1]

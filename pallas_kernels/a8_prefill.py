@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ from pallas_kernels.problem import Config, Kernel, Problem
 from pallas_kernels.tiles import (
     ROW,
     SMEM_RESERVE,
+    accumulator,
     cdiv,
     drain,
     load,
@@ -141,7 +143,8 @@ def matmul(
 ) -> jax.Array:
     """Run the prefill kernel; operands come in the order of `operand_names`."""
     m, n, k, c = problem.m, problem.n, problem.k, config
-    bk, block, promoted = step_k(problem), w_block(problem), promotes(problem)
+    bk, promoted, blocked = step_k(problem), promotes(problem), w_block(problem) is not None
+    block_n, block_k = w_block(problem) or (c.bn, bk)
     grouped = problem.x_scale == "1x128"
     row_tiles, column_tiles, steps = cdiv(m, c.bm), cdiv(n, c.bn), cdiv(k, bk)
     row_clusters = row_tiles // c.cluster
@@ -151,8 +154,8 @@ def matmul(
     rows = c.bm // c.warpgroups
     shape = (rows, c.bn)
     # Columns that share a weight scale at every tile position; promoted totals are kept per piece.
-    piece = c.bn if block is None or block[0] % c.bn == 0 else min(block[0], 64)
-    pieces, block_rows = c.bn // piece, cdiv(n, block[0]) if block else 0
+    piece = c.bn if block_n % c.bn == 0 else 64
+    pieces, block_rows = c.bn // piece, cdiv(n, block_n)
     epilogue = epilogue_of(problem, transposed=False)
     names = operand_names(problem)
 
@@ -163,9 +166,9 @@ def matmul(
         o_sm,
         full,
         empty,
-        groups_sm=None,
-        tile_full=None,
-        tile_empty=None,
+        groups_sm: Any = None,
+        tile_full: Any = None,
+        tile_empty: Any = None,
         **vectors,
     ):
         gmem, o_gm = dict(zip(names, refs, strict=False)), refs[-1]
@@ -257,8 +260,8 @@ def matmul(
 
                 def w_scale(column, i):
                     """Scale of the weight block that holds a channel, at K step i."""
-                    row = lax.min(lax.div(n0 + column, jnp.int32(block[0])), block_rows - 1)
-                    return gmem["w_blocks"][row, i * bk // block[1]]
+                    row = lax.min(lax.div(n0 + column, jnp.int32(block_n)), block_rows - 1)
+                    return gmem["w_blocks"][row, i * bk // block_k]
 
                 def promote(i, totals):
                     s = slot(first + i, stages)
@@ -267,7 +270,7 @@ def matmul(
                     def one_step(acc):
                         plgpu.wgmma(acc, x_sm.at[s, my_rows], w_sm.at[s].T)
                         # The scales are read while the tensor cores work.
-                        scales = [w_scale(j * piece, i) if block else 1.0 for j in range(pieces)]
+                        scales = [w_scale(j * piece, i) if blocked else 1.0 for j in range(pieces)]
                         if grouped:
                             x_scale = load(groups_sm.at[s, my_rows], ROW)
                             scales = [x_scale * scale for scale in scales]
@@ -275,7 +278,7 @@ def matmul(
                         return acc[...], scales
 
                     part, scales = pl.run_scoped(
-                        one_step, plgpu.ACC(shape, accumulator_dtype(problem))
+                        one_step, accumulator(shape, accumulator_dtype(problem))
                     )
                     plgpu.barrier_arrive(empty.at[s])
                     part = part.astype(jnp.float32)
@@ -290,7 +293,7 @@ def matmul(
                     zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
                     tile = lax.fori_loop(0, steps, promote, [zeros] * pieces)
                 else:
-                    acc = plgpu.ACC(shape, accumulator_dtype(problem))
+                    acc = accumulator(shape, accumulator_dtype(problem))
                     tile = [pl.run_scoped(accumulate, acc)]
 
                 if epilogue.vectors:

@@ -136,7 +136,7 @@ class Kernel:
     name: str
     op: str
     config_type: type[Config]
-    fn: Callable[..., jax.Array | tuple[jax.Array, ...]]
+    fn: Callable[..., Any]
     accepts: Callable[[Problem], str | None]
     default_config: Callable[[Problem], Config]
     candidates: Callable[[Problem], Iterable[Config]]

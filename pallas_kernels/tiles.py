@@ -45,6 +45,11 @@ def tiled_smem(shape: Sequence[int], dtype: Any) -> Any:
     return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
 
 
+def accumulator(shape: Sequence[int], dtype: Any) -> Any:
+    """Return the type of a wgmma accumulator, zero when its scope begins."""
+    return plgpu.ACC(tuple(shape), dtype)  # pyright: ignore[reportPrivateImportUsage]
+
+
 def load(ref: Any, layout: Any) -> jax.Array:
     """Read a whole ref into registers in a given layout (the spelling all jax versions take)."""
     return plgpu.layout_cast(ref[...], layout)

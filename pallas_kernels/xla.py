@@ -20,7 +20,7 @@ def _contract(x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Ar
     return lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
 
 
-def _spread(scale: jax.Array, steps: tuple[int, int], shape: tuple[int, int]) -> jax.Array:
+def _spread(scale: jax.Array, steps: tuple[int, int], shape: tuple[int, ...]) -> jax.Array:
     """Repeat each scale over its block and cut the last, partial blocks."""
     scale = jnp.repeat(jnp.repeat(scale, steps[0], axis=0), steps[1], axis=1)
     return scale[: shape[0], : shape[1]]

@@ -17,7 +17,6 @@ from pallas_kernels.problem import select, tuned_table
 # The interpreter takes about half a second for every tile and K step, so shapes stay small; what
 # differs between problems is who waits for whom, and that depends on the number of steps and tiles.
 SMALL = {"n": 128, "k": 384}
-MIXED = {"float8_e4m3fn", "float8_e5m2"}
 
 
 def structs(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
@@ -38,14 +37,6 @@ def check_interpreted(interpret, case: Case, config=None) -> None:
     got = interpret(matmul_a8, **operands, **case.options, config=config)
     assert got.dtype == case.options["out_dtype"]
     assert oracle.relative_error(got, case.expected(operands)) < tolerance(case)
-
-
-def layouts(**changes) -> list[Case]:
-    """Return every layout of scales, zeros and types at the given sizes."""
-    return [
-        dataclasses.replace(case, **{key: value for key, value in changes.items()})
-        for case in LAYOUTS
-    ]
 
 
 @pytest.mark.interpret
@@ -99,7 +90,7 @@ def test_xla_computes_the_same(case, m):
     operands = case.operands()
     got = xla.matmul_a8(**operands, **case.options)
     # Scales along K round both operands to bfloat16 first.
-    assert oracle.relative_error(got, case.expected(operands)) < 2 * oracle.rounding("bfloat16")
+    assert oracle.relative_error(got, case.expected(operands)) < 3 * oracle.rounding("bfloat16")
 
 
 @pytest.mark.parametrize("m", [13, 200])
@@ -109,6 +100,8 @@ def test_xla_computes_the_same(case, m):
 def test_a_wrong_operand_is_noticed(wrong, m):
     """Negative control: the tolerance must not hide a mistake in any one operand."""
     case = Case(m, x="int8", w="int8", zero="token", bias="float32")
+    if wrong == "bias":  # next to nothing beside the sums of int8 products
+        case = Case(m, bias="float32")
     if wrong in ("x_groups", "w_blocks"):
         case = Case(m, n=256, k=512, x_scale="1x128", w_scale="128x128")
     operands = case.operands()
@@ -120,14 +113,13 @@ def test_a_wrong_operand_is_noticed(wrong, m):
 
 
 def lowered(lower, case: Case, config=None) -> None:
-    if case.x != case.w and {case.x, case.w} == MIXED and jax.__version_info__ < (0, 11):
-        with pytest.raises(KernelError, match=r"jax 0\.10"):
-            lower(matmul_a8, **structs(case), **case.options)
-        return
-
     def call(operands):
         return matmul_a8(**operands, **case.options, config=config)
 
+    if case.x != case.w and jax.__version_info__ < (0, 11):
+        with pytest.raises(KernelError, match=r"jax 0\.10"):
+            lower(call, structs(case))
+        return
     assert "mosaic_gpu" in lower(call, structs(case))
 
 

@@ -1,0 +1,1 @@
+"""Timing of the kernels against their floors and against other libraries."""

@@ -1,0 +1,112 @@
+"""What can be timed and tuned: for each op and type, operands, call, reference and peers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import xla
+from pallas_kernels.bench import shapes
+from pallas_kernels.matmul_a8 import A8_KERNELS, a8_problem, matmul_a8
+from pallas_kernels.problem import Config, Kernel, Problem
+
+Operands = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row of the bench table.
+
+    Attributes:
+        name: the `--op` of the command line.
+        op: the public function, whose tuned entries this case writes.
+        kernels: the kernels to choose from.
+        operands: (m, n, k, seed) -> arrays on the device.
+        call: (operands, config or None) -> result.
+        reference: operands -> the same result by XLA.
+        problem: operands -> problem; shapes and dtypes suffice.
+        tolerance: relative error allowed between `call` and `reference`.
+        sizes: the (m, n, k) to run.
+        work: (m, n, k) -> operations, bytes; the fewest that the op needs.
+        rate: the measured ceiling for its operations, per second.
+        peers: names of other libraries' kernels in the file given by `--against`.
+    """
+
+    name: str
+    op: str
+    kernels: tuple[Kernel, ...]
+    operands: Callable[[int, int, int, int], Operands]
+    call: Callable[[Operands, Config | None], Any]
+    reference: Callable[[Operands], Any]
+    problem: Callable[[Operands], Problem]
+    tolerance: float
+    sizes: tuple[tuple[int, int, int], ...]
+    work: Callable[[int, int, int], tuple[float, float]]
+    rate: float
+    peers: tuple[str, ...]
+
+
+def _a8_operands(dtype: Any, blocked: bool, m: int, n: int, k: int, seed: int) -> Operands:
+    keys = jax.random.split(jax.random.key(seed), 4)
+
+    def codes(key, shape):
+        if dtype == jnp.int8:
+            return jax.random.randint(key, shape, -127, 128, jnp.int8)
+        return jax.random.normal(key, shape, jnp.bfloat16).astype(dtype)
+
+    def scales(key, shape):
+        return jax.random.uniform(key, shape, jnp.float32, 0.5, 2) / 64
+
+    return {
+        "x_q": codes(keys[0], (m, k)),
+        "x_scale": scales(keys[1], (k // 128, -(-m // 4) * 4) if blocked else (m, 1)),
+        "w": codes(keys[2], (n, k)),
+        "w_scale": scales(keys[3], (n // 128, k // 128) if blocked else (n, 1)),
+    }
+
+
+def _a8_work(m: int, n: int, k: int) -> tuple[float, float]:
+    return 2.0 * m * n * k, m * k + n * k + 2.0 * m * n
+
+
+def _a8_case(name: str, dtype: Any, blocked: bool, rate: float, peers: tuple[str, ...]) -> Case:
+    block = (128, 128) if blocked else None
+    return Case(
+        name=name,
+        op="matmul_a8",
+        kernels=A8_KERNELS,
+        operands=jax.jit(functools.partial(_a8_operands, dtype, blocked), static_argnums=(0, 1, 2)),
+        call=lambda operands, config: matmul_a8(**operands, w_block=block, config=config),
+        reference=lambda operands: xla.matmul_a8(**operands, w_block=block),
+        problem=lambda operands: a8_problem(**operands, w_block=block),
+        tolerance=6e-3,
+        sizes=shapes.MATMUL,
+        work=_a8_work,
+        rate=rate,
+        peers=peers,
+    )
+
+
+# Ceilings: what the best large product was seen to reach on an H200 (power limits both).
+CASES: tuple[Case, ...] = (
+    _a8_case(
+        "fp8",
+        jnp.float8_e4m3fn,
+        False,
+        1.55e15,
+        ("torch fp8 tensor", "torch fp8 rowwise", "vllm cutlass fp8"),
+    ),
+    _a8_case("int8", jnp.int8, False, 1.65e15, ("torch int8 mm", "vllm cutlass int8")),
+    _a8_case(
+        "fp8_block",
+        jnp.float8_e4m3fn,
+        True,
+        1.55e15,
+        ("torch fp8 block", "vllm cutlass fp8 blk", "DeepGEMM fp8 blk"),
+    ),
+)

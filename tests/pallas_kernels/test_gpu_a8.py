@@ -1,0 +1,89 @@
+"""matmul_a8 on a Hopper GPU: every layout, config and token count against float64."""
+
+import concurrent.futures
+import dataclasses
+
+import jax
+import numpy as np
+import oracle
+import pytest
+from a8_cases import LAYOUTS, Case
+
+from pallas_kernels.matmul_a8 import A8_KERNELS, a8_problem, matmul_a8
+
+pytestmark = pytest.mark.gpu
+
+KINDS = {
+    "fp8": Case(0),
+    "int8": Case(0, x="int8", w="int8", zero="token", bias="bfloat16"),
+    "block": Case(0, x_scale="1x128", w_scale="128x128"),
+}
+
+
+def errors(jobs: list[tuple[Case, object]], seed: int = 0) -> dict[str, float]:
+    """Return the relative error of each (case, config); compilation runs in parallel."""
+
+    def compile_one(job):
+        case, config = job
+        operands = jax.device_put(case.operands(seed))
+
+        def call(operands):
+            return matmul_a8(**operands, **case.options, config=config)
+
+        return jax.jit(call).lower(operands).compile(), operands
+
+    found = {}
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        for (case, config), (call, operands) in zip(jobs, pool.map(compile_one, jobs), strict=True):
+            got = call(operands)
+            again = call(operands)
+            assert (np.asarray(got) == np.asarray(again)).all(), "two runs differ"
+            error = oracle.relative_error(got, case.expected(case.operands(seed)))
+            found[f"{case} {config}"] = error / oracle.rounding(case.out)
+    return found
+
+
+def check(jobs: list[tuple[Case, object]]) -> None:
+    """Fail with every job whose error is more than twice what rounding the result makes."""
+    found = errors(jobs)
+    print(f"{len(found)} problems, worst {max(found.values()):.2f} of the rounding error")
+    assert not {name: error for name, error in found.items() if not error < 2}
+
+
+@pytest.mark.parametrize("m", [1, 5, 13, 64, 100, 200])
+def test_every_layout(m):
+    check([(dataclasses.replace(case, m=m), None) for case in LAYOUTS])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("m", [8, 16, 64, 128, 520])
+def test_every_candidate(kind, m):
+    case = dataclasses.replace(KINDS[kind], m=m, n=1536, k=2048)
+    operands = {
+        name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in case.shapes().items()
+    }
+    problem = a8_problem(**operands, **case.options)
+    check(
+        [
+            (case, config)
+            for kernel in A8_KERNELS
+            if kernel.accepts(problem) is None
+            for config in kernel.candidates(problem)
+        ]
+    )
+
+
+def test_random_problems():
+    rng = np.random.default_rng(0)
+    jobs = []
+    for _ in range(96):
+        case = LAYOUTS[rng.integers(len(LAYOUTS))]
+        m = int(2 ** rng.uniform(0, 9.5))
+        n, k = (int(64 * rng.integers(1, 40)) for _ in range(2))
+        jobs.append((dataclasses.replace(case, m=m, n=n, k=k), None))
+    check(jobs)
+
+
+@pytest.mark.slow
+def test_every_number_of_tokens():
+    check([(Case(m, n=512, k=1024), None) for m in range(1, 301)])
