@@ -19,6 +19,7 @@ from jaxquant.arrays.qtensor import QTensor
 from jaxquant.convert.read_checkpoint import Checkpoint as Checkpoint
 from jaxquant.convert.read_checkpoint import open_checkpoint as open_checkpoint
 from jaxquant.convert.read_experts import check_expert_indices, expand_experts
+from jaxquant.convert.read_kv import kv_scales as kv_scales
 from jaxquant.errors import FormatError, LayoutError
 from jaxquant.formats import detect
 from jaxquant.formats.base import (

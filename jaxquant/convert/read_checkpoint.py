@@ -200,7 +200,7 @@ def _section(config: Mapping[str, Any], key: str, where: str) -> dict[str, Any] 
 
 
 def _find_quant_config(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The quantization's description, from config.json or a side file (formats.md 0.1)."""
+    """The quantization's description, from config.json or a side file."""
     where = str(directory / "config.json")
     nested = (_section(config, key, where) for key in TEXT_CONFIGS)
     for section in (config, *filter(None, nested)):

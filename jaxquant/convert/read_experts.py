@@ -1,4 +1,4 @@
-"""Experts stacked into 3-D tensors, seen as one linear an expert (formats.md 0.6).
+"""Experts stacked into 3-D tensors, seen as one linear an expert.
 
 Whether a stack is transposed or interleaved follows from the model type, never from its shape.
 """

@@ -1,4 +1,4 @@
-"""AWQ checkpoints (formats.md 4): 4-bit codes with zero points, in three arrangements.
+"""AWQ checkpoints: 4-bit codes with zero points, in three arrangements.
 
 =========  ======================================================================
 gemm       ``qweight`` I32 [in, out/8], eight outputs to a word in the order

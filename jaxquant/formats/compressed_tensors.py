@@ -1,4 +1,4 @@
-"""compressed-tensors (llm-compressor): four arrangements under one config (formats.md 5, 2.1, 1.6).
+"""compressed-tensors (llm-compressor): four arrangements under one config.
 
 ``pack-quantized`` words, ``int-quantized`` and ``float-quantized`` 8-bit arrays
 (``naive-quantized`` is either), ``mxfp8-quantized``, and the 4-bit floats ``nvfp4-pack-quantized``

@@ -1,7 +1,7 @@
 """The config of compressed-tensors: groups, targets, presets, quantization arguments.
 
 A config has groups; each names targets (module names, ``re:`` patterns, class names) and how weights
-and input activations of these are quantized (formats.md 5.1).
+and input activations of these are quantized.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""compressed-tensors ``pack-quantized``: integer codes of 2 to 8 bits in words (formats.md 5.2).
+"""compressed-tensors ``pack-quantized``: integer codes of 2 to 8 bits in words.
 
 =====================  ============================================================
 ``weight_packed``      I32 [out, words], along ``in``, stored code + 2**(bits-1)

@@ -1,4 +1,4 @@
-"""4-bit floats packed two to a byte, low nibble first: NVFP4 and MXFP4 (formats.md 6).
+"""4-bit floats packed two to a byte, low nibble first: NVFP4 and MXFP4.
 
 value = e2m1 x block scale [x tensor scale].  Block scales lie row-major, [out, in/16] e4m3 (NVFP4)
 or [out, in/32] e8m0 (MXFP4).  ModelOpt stores the tensor scale as a multiplier, compressed-tensors

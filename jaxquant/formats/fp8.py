@@ -1,4 +1,4 @@
-"""FP8 checkpoints: ``quant_method`` fp8, fbgemm_fp8, w8a8_fp8, mxfp8 (formats.md 1.1 to 1.5).
+"""FP8 checkpoints: ``quant_method`` fp8, fbgemm_fp8, w8a8_fp8, mxfp8.
 
 ========================  ===========================================================
 ``weight``                F8_E4M3 (or E5M2, FNUZ) [out, in]

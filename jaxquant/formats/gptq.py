@@ -1,4 +1,4 @@
-"""GPTQ checkpoints (formats.md 3): codes packed along ``in``, zero points along ``out``.
+"""GPTQ checkpoints: codes packed along ``in``, zero points along ``out``.
 
 ===========  ==========================================================
 ``qweight``  I32 [in * bits / 32, out], dense little-endian bit streams

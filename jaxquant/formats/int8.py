@@ -1,4 +1,4 @@
-"""INT8 checkpoints of sglang: ``blockwise_int8`` and ``w8a8_int8`` (formats.md 2.2, 2.3).
+"""INT8 checkpoints of sglang: ``blockwise_int8`` and ``w8a8_int8``.
 
 ===================  ==============================================================
 ``weight``           I8 [out, in]

@@ -1,0 +1,129 @@
+"""Scales of a quantized KV cache, under the many names that checkpoints give them."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxquant.convert.read_checkpoint import Checkpoint
+from jaxquant.errors import FormatError
+from jaxquant.formats.base import FormatWarning, RawTensor
+
+MAX_SCALE = 1e4
+
+_NAMES = (
+    (re.compile(r"(?P<layer>.*\.(?:self_attn|attn|attention))\.(?P<part>[kvq])_scale"), ""),
+    (re.compile(r"(?P<layer>.*\.(?:self_attn|attn|attention))\.kv_scale"), "kv"),
+    (re.compile(r"(?P<layer>.*)\.[kv]_proj\.(?P<part>[kv])_scale"), ""),
+    (re.compile(r"(?P<layer>.*)\.(?:qkv_proj|qkqkv_proj)\.(?P<part>[kv])_scale"), ""),
+    (re.compile(r"(?P<layer>.*\.self_attn)\.(?P<part>[kvq])(?:_cache)?\.scale"), ""),
+    (re.compile(r"(?P<layer>.*)\.(?P<part>[kvq])_proj\.output_scale"), ""),
+    (re.compile(r"(?P<layer>.*\.self_attn)\.prob_output_scale"), "prob"),
+    (re.compile(r"(?P<layer>.*\.self_attn)\.kv_scale_quant_orig"), "pair"),
+)
+
+
+class KVScales(NamedTuple):
+    """Scales of one attention layer; stored = value / scale.
+
+    Attributes:
+        k: ``[heads, 1, 1]`` or ``[]`` f32.
+        v: likewise.
+        q: likewise, None where the file has none.
+        prob: ``[]`` f32 of the attention weights, None where the file has none.
+    """
+
+    k: np.ndarray
+    v: np.ndarray
+    q: np.ndarray | None = None
+    prob: np.ndarray | None = None
+
+
+def is_kv_scale(name: str) -> bool:
+    """Whether a tensor's name is that of a KV cache scale."""
+    return any(pattern.fullmatch(name) for pattern, _ in _NAMES)
+
+
+def _read(tensor: RawTensor) -> np.ndarray:
+    value = tensor.read().astype(np.float32)
+    value = value.reshape(()) if value.size == 1 else value
+    if not (np.isfinite(value).all() and (value > 0).all() and (value < MAX_SCALE).all()):
+        raise tensor.error(
+            f"scale {np.ravel(value)[:4].tolist()}",
+            f"KV scales lie between 0 and {MAX_SCALE:g}",
+            "calibrate the cache again",
+        )
+    return value
+
+
+def kv_scales(checkpoint: Checkpoint) -> dict[str, KVScales]:
+    """KV cache scales of every attention layer that has them.
+
+    Where only one of k and v is stored, it serves both, with a warning.
+
+    Returns:
+        module path of the attention -> scales.
+    Raises:
+        FormatError: a scale is not finite, not positive or implausibly large, or given twice.
+    """
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        for pattern, kind in _NAMES:
+            match = pattern.fullmatch(name)
+            if match is None:
+                continue
+            value, layer = _read(tensor), found.setdefault(match["layer"], {})
+            if kind == "pair":
+                if value.shape != (2,):
+                    raise tensor.error(f"shape {list(value.shape)}", "[2]: k, v")
+                parts = {"k": value[0].reshape(()), "v": value[1].reshape(())}
+            else:
+                parts = dict.fromkeys(
+                    tuple(kind) if kind == "kv" else (kind or match["part"],), value
+                )
+            for part, scale in parts.items():
+                if part in layer and not np.array_equal(layer[part], scale):
+                    raise tensor.error(f"a second scale for {part}", "one scale a layer")
+                layer[part] = scale
+            break
+    return {layer: _complete(layer, parts) for layer, parts in found.items()}
+
+
+def _complete(layer: str, parts: Mapping[str, np.ndarray]) -> KVScales:
+    k, v = parts.get("k"), parts.get("v")
+    if k is None and v is None:
+        raise FormatError(layer, f"only {sorted(parts)} scales", "a KV cache has k and v scales")
+    if k is None or v is None:
+        warnings.warn(
+            f"{layer}: only one of the k and v scales is stored; it is used for both",
+            FormatWarning,
+            stacklevel=3,
+        )
+    one = k if k is not None else v
+    other = v if v is not None else k
+    assert one is not None and other is not None
+    return KVScales(one, other, parts.get("q"), parts.get("prob"))
+
+
+def kv_cache_scheme(checkpoint: Checkpoint) -> str | None:
+    """How the checkpoint wants its KV cache quantized: "fp8", "int8", "nvfp4", or None.
+
+    Raises:
+        FormatError: a scheme that has no meaning here.
+    """
+    config = checkpoint.quant_config or {}
+    scheme = config.get("kv_cache_scheme") or config.get("kv_cache_quant_algo")
+    if not scheme:
+        return None
+    if isinstance(scheme, Mapping):
+        name = f"{scheme.get('type', 'int')}{scheme.get('num_bits', 8)}"
+    else:
+        name = str(scheme).lower()
+    names = {"float8": "fp8", "fp8": "fp8", "int8": "int8", "nvfp4": "nvfp4", "float4": "nvfp4"}
+    if name not in names:
+        raise FormatError("quantization_config: kv_cache_scheme", name, f"one of {sorted(names)}")
+    return names[name]
