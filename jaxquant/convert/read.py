@@ -19,6 +19,7 @@ from jaxquant.arrays.qtensor import QTensor
 from jaxquant.convert.read_checkpoint import Checkpoint as Checkpoint
 from jaxquant.convert.read_checkpoint import open_checkpoint as open_checkpoint
 from jaxquant.convert.read_experts import check_expert_indices, expand_experts
+from jaxquant.convert.read_gguf import read_gguf_quantized
 from jaxquant.convert.read_kv import kv_scales as kv_scales
 from jaxquant.errors import FormatError, LayoutError
 from jaxquant.formats import detect
@@ -281,13 +282,16 @@ def modules(checkpoint: Checkpoint) -> dict[str, QuantizedModule]:
 
 
 def read_quantized(path: str | Path) -> dict[str, QTensor]:
-    """Read every linear of a checkpoint directory.
+    """Read every linear of a checkpoint directory or ``.gguf`` file.
 
     Args:
-        path: a directory of safetensors.
+        path: a directory of safetensors, or a GGUF file (of any architecture).
     Returns:
-        module path -> weight; unquantized linears are dense.  Leaves are NumPy arrays.
+        module path -> weight; unquantized linears are dense.  Leaves are NumPy arrays.  A GGUF
+        file's own names and row order are kept (``blk.0.attn_q``), its experts stay stacked.
     Raises:
         FormatError: the checkpoint breaks its format.
     """
+    if Path(path).suffix == ".gguf":
+        return read_gguf_quantized(path)
     return {name: module.load() for name, module in modules(open_checkpoint(path)).items()}

@@ -20,6 +20,7 @@ Everything but the last row keeps its width and can be written back without loss
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -165,7 +166,8 @@ def decode(
     return QTensor(tuple(planes), tuple(scales), tuple(zeros), layout).check(where)
 
 
-def abstract(kind: GgmlType, shape: Sequence[int], tensor_scale: bool = False) -> QTensor:
+@functools.lru_cache(maxsize=1024)
+def abstract(kind: GgmlType, shape: tuple[int, ...], tensor_scale: bool = False) -> QTensor:
     """What :func:`decode` will return, with ``jax.ShapeDtypeStruct`` leaves, before a byte is read.
 
     Args:
