@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxquant.arrays.bank import ExpertBank
 from jaxquant.models.config import ModelConfig
 from jaxquant.nn.attention import Attention, Entries, Step
 from jaxquant.nn.basic import MLP, Embedding, RMSNorm
@@ -79,6 +81,7 @@ class CausalLM(nnx.Module):
         config: static.
         dtype: compute dtype.
         tokenizer: for prompts given as text, or None; see :mod:`jaxquant.tokenize`.
+        report: what loading did, or None for a model that was not loaded.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class CausalLM(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.tokenizer: Any = nnx.static(None)
+        self.report: Any = nnx.static(None)
 
     def __call__(self, input_ids: jax.Array) -> jax.Array:
         """Logits of every token; compiled once per shape.
@@ -100,6 +104,21 @@ class CausalLM(nnx.Module):
         """
         graph, state = nnx.split(self)
         return _logits(graph, state, jnp.asarray(input_ids, jnp.int32))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights and arrays."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(self)))
+
+    @property
+    def num_weights(self) -> int:
+        """Number of weights: elements of linears and arrays, whatever they are packed in."""
+        total = 0
+        for _, variable in nnx.to_flat_state(nnx.state(self)):
+            value = variable.get_value()
+            tensors = value.parts if isinstance(value, ExpertBank) else (value,)
+            total += sum(math.prod(tensor.shape) for tensor in tensors)
+        return total
 
     def empty_cache(self, batch: int, capacity: int) -> Cache:
         """A cache for ``batch`` rows of up to ``capacity`` positions."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +35,8 @@ def quantize_model(model: M, rules: Mapping[str, Scheme | str | None]) -> M:
     Every ``nnx.Linear``, and every linear and expert of jaxquant's own models, whose path matches a
     rule is quantized by round-to-nearest.  A path joins attribute names and list indices with dots
     (``blocks.0.up``); an expert is ``model.layers.1.mlp.experts.3.down_proj``.  Embeddings, routers
-    and norms are no linears.  A layer that stands in several places is quantized once, by its first
-    path.
+    and norms are no linears.  A layer that stands in several places is quantized once, by the first
+    rule that matches any of its paths, and stays shared.
 
     Args:
         model: any NNX model; it is left as it was, and arrays that no rule touches are shared.
@@ -52,16 +53,18 @@ def quantize_model(model: M, rules: Mapping[str, Scheme | str | None]) -> M:
     copy = nnx.clone(model)
     if _is_linear(copy):
         raise ConfigError("quantize_model", "a single layer", "a model that contains layers")
-    replaced: dict[int, Linear] = {}
     # The walk is finished before anything is replaced: replacing changes what it walks over.
-    for path, parent, name, child in list(_children(copy)):
-        if id(child) in replaced:
-            _set(parent, name, replaced[id(child)])
-        elif isinstance(child, Experts):
-            _quantize_experts(path, child, chooser)
-        elif (new := _quantized(path, child, chooser)) is not None:
-            replaced[id(child)] = new
-            _set(parent, name, new)
+    places: dict[int, list[_Place]] = collections.defaultdict(list)
+    for place in _places(copy):
+        places[id(place.layer)].append(place)
+    for same in places.values():
+        layer, paths = same[0].layer, [place.path for place in same]
+        if isinstance(layer, Experts):
+            _quantize_experts(paths[0], layer, chooser)
+        elif (scheme := chooser.choose(paths)) is not None:
+            new = _quantized(paths[0], layer, scheme)
+            for place in same:
+                _set(place.parent, place.name, new)
     chooser.finish()
     return copy
 
@@ -80,10 +83,10 @@ class _Rules:
         self.matched: set[str] = set()
         self.seen: list[str] = []
 
-    def choose(self, path: str) -> Scheme | None:
-        """Scheme of the first rule that matches."""
-        self.seen.append(path)
-        winners = [(p.pattern, scheme) for p, scheme in self.rules if p.search(path)]
+    def choose(self, paths: list[str]) -> Scheme | None:
+        """Scheme of the first rule that matches one of a layer's paths."""
+        self.seen += paths
+        winners = [(p.pattern, s) for p, s in self.rules if any(map(p.search, paths))]
         self.matched.update(pattern for pattern, _ in winners)
         return winners[0][1] if winners else None
 
@@ -104,18 +107,27 @@ def _is_linear(module: Any) -> bool:
     return isinstance(module, (nnx.Linear, Linear, *REFUSED))
 
 
-def _children(root: nnx.Module) -> Iterator[tuple[str, Any, Any, Any]]:
-    """Every module that a rule may match: path, parent, attribute or index, module."""
+class _Place(NamedTuple):
+    """One place of a layer: its path, and the attribute, index or key of its parent."""
+
+    path: str
+    parent: Any
+    name: Any
+    layer: Any
+
+
+def _places(root: nnx.Module) -> Iterator[_Place]:
+    """Every layer that a rule may match, wherever it stands."""
     visited: set[int] = set()
 
-    def walk(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any, Any, Any]]:
+    def walk(node: Any, path: tuple[str, ...]) -> Iterator[_Place]:
         if id(node) in visited:
             return
         visited.add(id(node))
         for name, child in _items(node):
             where = (*path, str(name))
             if _is_linear(child) or isinstance(child, Experts):
-                yield ".".join(where), node, name, child
+                yield _Place(".".join(where), node, name, child)
             elif isinstance(child, (nnx.Module, list, tuple, dict)):
                 yield from walk(child, where)
 
@@ -139,11 +151,8 @@ def _set(parent: Any, name: Any, value: Any) -> None:
         setattr(parent, name, value)
 
 
-def _quantized(path: str, layer: Any, chooser: _Rules) -> Linear | None:
-    """The replacement of one layer, None where no rule matches."""
-    scheme = chooser.choose(path)
-    if scheme is None:
-        return None
+def _quantized(path: str, layer: Any, scheme: Scheme) -> Linear:
+    """The replacement of one layer."""
     for kind, reason in REFUSED.items():
         if isinstance(layer, kind):
             rule = f"{reason}, so its weight has no single 'in' and 'out' axis"
@@ -179,9 +188,13 @@ def _requantized(path: str, q: QTensor, scheme: Scheme) -> QTensor:
     return _attempt(path, dequantize(q, axes=q.axes), scheme, q.axes)
 
 
+# Compiled as one program: op by op it would keep several float32 copies of the weight alive.
+_compiled_quantize = jax.jit(quantize, static_argnums=(1, 2))
+
+
 def _attempt(path: str, weight: jax.Array, scheme: Scheme, axes: tuple[str, ...]) -> QTensor:
     try:
-        return quantize(weight, scheme, axes)
+        return _compiled_quantize(weight, scheme, axes)
     except ConfigError as error:
         raise ConfigError(path, error.found, error.rule, error.action) from error
 
@@ -196,7 +209,7 @@ def _quantize_experts(path: str, experts: Experts, chooser: _Rules) -> None:
         column = []
         for expert in range(plan.experts):
             where = f"{path}.{expert}.{name}"
-            weight, scheme = expert_weight(bank, plan, expert), chooser.choose(where)
+            weight, scheme = expert_weight(bank, plan, expert), chooser.choose([where])
             column.append(weight if scheme is None else _requantized(where, weight, scheme))
             changed |= scheme is not None
         columns.append(column)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file
-from tests.small_models import CONFIGS, small_model
 
 from jaxquant.models import CausalLM
+from jaxquant.nn import Cache
+from tests.small_models import CONFIGS, small_model
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "families.safetensors")
 IDS = GOLDEN["input_ids"]
@@ -28,6 +31,11 @@ def test_logits_equal_transformers(name: str):
     assert np.abs(np.asarray(small_model(name, seed=1)(IDS)) - GOLDEN[name]).max() > 1
 
 
+@nnx.jit
+def step(model: CausalLM, ids: jax.Array, positions: jax.Array, cache: Cache):
+    return model.step(ids, positions, cache)
+
+
 def decode_in_pieces(model: CausalLM, ids: np.ndarray, pieces: list[int]) -> np.ndarray:
     """Logits of all tokens when the prompt arrives in pieces through the cache."""
     cache = model.empty_cache(ids.shape[0], ids.shape[1] + 3)
@@ -35,7 +43,7 @@ def decode_in_pieces(model: CausalLM, ids: np.ndarray, pieces: list[int]) -> np.
     for size in pieces:
         stop = start + size
         positions = jnp.broadcast_to(jnp.arange(start, stop, dtype=jnp.int32), (len(ids), size))
-        logits, cache = model.step(jnp.asarray(ids[:, start:stop]), positions, cache)
+        logits, cache = step(model, jnp.asarray(ids[:, start:stop]), positions, cache)
         parts.append(np.asarray(logits))
         start = stop
     return np.concatenate(parts, axis=1)
@@ -43,11 +51,11 @@ def decode_in_pieces(model: CausalLM, ids: np.ndarray, pieces: list[int]) -> np.
 
 @pytest.mark.parametrize(
     "name",
-    ["llama-biases", "mistral-window", "qwen3", "mixtral", "deepseek-v2", "deepseek-v3-yarn"],
+    ["mistral-window", "qwen3", "mixtral", "deepseek-v3-yarn"],
 )
 def test_cached_steps_equal_the_full_pass(name: str):
     assert name not in LENGTH_DEPENDENT
-    pieced = decode_in_pieces(small_model(name), IDS[:, :12], [6, 1, 4, 1])
+    pieced = decode_in_pieces(small_model(name), IDS[:, :12], [5, 1, 5, 1])
     assert np.abs(pieced - GOLDEN[name][:, :12]).max() < 2e-4
 
 

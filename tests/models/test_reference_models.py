@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tests.small_models import checkpoint_model
 
 import jaxquant
 from jaxquant.evaluate import perplexity
 from jaxquant.generate import generate
+from tests.small_models import checkpoint_model
 
 BUNDLED = Path(jaxquant.__file__).parent / "bundled" / "tiny-qwen3-moe"
 TINY = json.loads((Path(__file__).parent / "golden" / "tiny_reference.json").read_text())

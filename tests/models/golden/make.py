@@ -19,9 +19,8 @@ from safetensors.numpy import save_file
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[2]))
 
-from tests.small_models import CONFIGS, random_tensors  # noqa: E402
-
 from jaxquant.models import ModelConfig  # noqa: E402
+from tests.small_models import CONFIGS, random_tensors  # noqa: E402
 
 MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
