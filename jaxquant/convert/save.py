@@ -10,16 +10,17 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxquant.arrays.bank import ExpertBank
 from jaxquant.arrays.qtensor import QTensor
+from jaxquant.convert.placement import sharding_of
 from jaxquant.convert.static_json import from_json, to_json
 from jaxquant.errors import FormatError
 from jaxquant.models import CausalLM, build_model
@@ -29,8 +30,6 @@ LAYOUTS_FILE = "layouts.json"
 ARRAYS_FOLDER = "arrays"
 VERSION = 1
 _LEAVES = ("data", "scales", "zeros", "perm", "act_scale", "act_zero", "pre_scale")
-
-Place = Callable[[str, Any], Any]
 
 
 def is_saved(path: str | Path) -> bool:
@@ -82,11 +81,19 @@ def _leaf_struct(data: Any, tuple_field: bool) -> Any:
     return jax.ShapeDtypeStruct(tuple(data[1]), jnp.dtype(data[0]))
 
 
-def _state_leaves(model: CausalLM) -> tuple[dict[str, Any], Any]:
-    """Arrays of a model by a readable path, and the tree to put them back into."""
-    _, state = nnx.split(model)
-    pairs, tree = jax.tree.flatten_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): a for path, a in pairs}, tree
+def _named_leaves(name: str, value: Any) -> dict[str, Any]:
+    """Arrays of one variable's value by a readable name."""
+    pairs, _ = jax.tree_util.tree_flatten_with_path(value)
+    return {
+        f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}".rstrip("/"): leaf
+        for path, leaf in pairs
+    }
+
+
+def _variables(model: CausalLM) -> dict[str, Any]:
+    """Every variable of a model by dotted path."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, path)): variable for path, variable in flat}
 
 
 def save_pretrained(model: CausalLM, path: str | Path) -> None:
@@ -130,7 +137,10 @@ def save_pretrained(model: CausalLM, path: str | Path) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(temporary / ARRAYS_FOLDER, _state_leaves(model)[0])
+            leaves: dict[str, Any] = {}
+            for name, variable in _variables(model).items():
+                leaves |= _named_leaves(name, variable.get_value())
+            checkpointer.save(temporary / ARRAYS_FOLDER, leaves)
         (temporary / LAYOUTS_FILE).write_text(json.dumps(document, indent=1), encoding="utf-8")
         if model.tokenizer is not None:
             model.tokenizer.save(temporary)
@@ -157,13 +167,13 @@ def _read_layouts(path: Path) -> dict[str, Any]:
     return document
 
 
-def load_saved(path: str | Path, place: Place | None = None, dtype: Any = None) -> CausalLM:
+def load_saved(path: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> CausalLM:
     """Restore what :func:`save_pretrained` wrote.
 
     Args:
         path: its directory.
-        place: ``place(name, abstract value) -> value of shardings``, for each leaf of the model; by
-            default everything goes to the default device.
+        mesh: where leaves go, as for :func:`jaxquant.from_pretrained`; by default the default
+            device.  It need not be the mesh of saving.
         dtype: compute dtype; by default the saved one.
     Raises:
         FormatError: the description is damaged or of another version, or arrays are missing.
@@ -193,17 +203,39 @@ def load_saved(path: str | Path, place: Place | None = None, dtype: Any = None) 
         found = f"a damaged description ({type(error).__name__}: {error})"
         raise FormatError(where, found, action="convert the checkpoint again") from None
     model = build_model(config, weights, arrays, dtype=dtype or saved_dtype)
-    leaves, tree = _state_leaves(model)
-    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    targets = {
-        name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place(name, a) if place else default)
-        for name, a in leaves.items()
-    }
+    variables = _variables(model)
+    targets: dict[str, Any] = {}
+    for name, variable in variables.items():
+        value = variable.get_value()
+        module = name.removesuffix(".weight")
+        where_to = None if mesh is None else sharding_of(module, value, mesh)
+        targets |= _named_leaves(name, _with_sharding(value, where_to))
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             restored = checkpointer.restore(path / ARRAYS_FOLDER, targets)
     except (ValueError, KeyError, OSError) as error:
         found = f"arrays cannot be restored ({str(error).splitlines()[0]})"
         raise FormatError(str(path / ARRAYS_FOLDER), found, action="convert it again") from None
-    nnx.update(model, jax.tree.unflatten(tree, [restored[name] for name in leaves]))
+    for name, variable in variables.items():
+        value = variable.get_value()
+        leaves = [restored[leaf] for leaf in _named_leaves(name, value)]
+        variable.set_value(jax.tree.unflatten(jax.tree.structure(value), leaves))
+    nnx.update(model, nnx.from_flat_state([(tuple(_key(n)), v) for n, v in variables.items()]))
     return model
+
+
+def _key(name: str) -> list[str | int]:
+    """A dotted path as the keys of a flat state."""
+    return [int(part) if part.isdigit() else part for part in name.split(".")]
+
+
+def _with_sharding(value: Any, where_to: Any) -> Any:
+    """Abstract leaves that carry the sharding they are restored to."""
+    default = SingleDeviceSharding(jax.local_devices()[0])
+    if where_to is None:
+        where_to = jax.tree.map(lambda _: default, value)
+    return jax.tree.map(
+        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+        value,
+        where_to,
+    )

@@ -1,0 +1,127 @@
+"""Loading: a pure pipeline from a source to an NNX model, one tensor at a time.
+
+``names -> abstract model -> (read, decode, place) per tensor``.  The abstract model is built and
+checked first, so that a checkpoint that does not fit fails before a weight is read.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxquant.convert.placement import placer
+from jaxquant.convert.plan_file import read_plan
+from jaxquant.convert.progress import byte_progress
+from jaxquant.convert.report import make_report
+from jaxquant.convert.save import is_saved, load_saved
+from jaxquant.convert.source import Item, open_source
+from jaxquant.errors import ConfigError
+from jaxquant.models import CausalLM, build_model
+from jaxquant.tokenize import Tokenizer
+
+# Decoding runs this many tensors ahead of placing them; with the one being placed that makes three.
+AHEAD = 2
+
+
+class _Reader:
+    """Loads items in a known order, a little ahead of their use, in threads."""
+
+    def __init__(
+        self, items: Mapping[str, Item], order: Iterable[str], advance: Callable[[int], None]
+    ) -> None:
+        self._items = items
+        self._order: Iterator[str] = iter(order)
+        self._advance = advance
+        self._pool = concurrent.futures.ThreadPoolExecutor(AHEAD)
+        self._pending: collections.deque[tuple[str, concurrent.futures.Future[Any]]]
+        self._pending = collections.deque()
+
+    def __enter__(self) -> _Reader:
+        for _ in range(AHEAD):
+            self._submit()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _submit(self) -> None:
+        name = next(self._order, None)
+        if name is not None:
+            self._pending.append((name, self._pool.submit(self._items[name].load)))
+
+    def __call__(self, name: str) -> Any:
+        expected, future = self._pending.popleft()
+        assert expected == name, f"loaded out of order: {name} instead of {expected}"
+        value = future.result()
+        self._submit()
+        self._advance(self._items[name].nbytes)
+        return value
+
+
+def _order_of(config: Any, weights: Mapping[str, Any], arrays: Mapping[str, Any], dtype: Any):
+    """Names in the order in which the builder asks for them; checks everything on the way."""
+    order: list[str] = []
+    values = {**arrays, **weights}
+
+    def record(name: str) -> Any:
+        order.append(name)
+        return values[name]
+
+    build_model(config, weights, arrays, dtype=dtype, load=record, place=lambda _, value: value)
+    return order
+
+
+def from_pretrained(
+    path: str | Path,
+    *,
+    plan: str | Path | None = None,
+    mesh: Mesh | None = None,
+    dtype: Any = jnp.bfloat16,
+) -> CausalLM:
+    """Load a checkpoint as an NNX model, its weights as they are on disk.
+
+    Args:
+        path: a directory of safetensors (quantized by any known format, or not), a ``.gguf`` file,
+            or a directory that :func:`save_pretrained` wrote.
+        plan: YAML file that mixes weights of several checkpoints.
+        mesh: places weights over devices; axes named ``tp`` (or ``model``) split heads and inner
+            widths, ``ep`` (or ``expert``) splits experts, any others replicate.
+        dtype: compute dtype, float32, bfloat16 or float16.  Weights keep their own.
+    Returns:
+        The model; ``model.tokenizer`` is set where the checkpoint has one, ``model.report`` says
+        what was loaded.
+    Raises:
+        FormatError: a file breaks its format.
+        ConfigError: unknown architecture, invalid plan or dtype.
+        PlanError: tensors are missing, left over or of the wrong shape; all of them.
+    """
+    path = Path(path)
+    place = placer(mesh)
+    if is_saved(path):
+        if plan is not None:
+            raise ConfigError(
+                "plan", str(plan), f"{path} is converted already", "plan the original"
+            )
+        model = load_saved(path, mesh)
+    else:
+        source = open_source(path, None if plan is None else read_plan(plan))
+        items = {**source.arrays, **source.weights}
+        weights = {name: item.abstract for name, item in source.weights.items()}
+        arrays = {name: item.abstract for name, item in source.arrays.items()}
+        order = _order_of(source.config, weights, arrays, dtype)
+        total = sum(items[name].nbytes for name in order)
+        with (
+            byte_progress(f"loading {path.name}", total) as advance,
+            _Reader(items, order, advance) as load,
+        ):
+            model = build_model(source.config, weights, arrays, dtype=dtype, load=load, place=place)
+        model.report = make_report(source)
+    if (path / "tokenizer.json").is_file():
+        model.tokenizer = Tokenizer.from_directory(path)
+    return model

@@ -1,0 +1,239 @@
+"""A source of a model: its config, every weight and array by module-tree name, all unread.
+
+Directories of safetensors, GGUF files and mixed-precision plans all become one of these, and
+loading does not know which it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxquant.arrays.scheme import Scheme
+from jaxquant.convert.gguf_model import open_gguf_model
+from jaxquant.convert.names import canonical, ignored
+from jaxquant.convert.plan_file import BASE, PrecisionPlan, resolve
+from jaxquant.convert.read import QuantizedModule, survey
+from jaxquant.convert.read_checkpoint import open_checkpoint
+from jaxquant.errors import PlanError
+from jaxquant.formats.base import RawTensor, numpy_dtype
+from jaxquant.models import ModelConfig
+from jaxquant.transforms.numeric import as_numpy, dequantize, quantize
+
+# Outputs of these norms are inputs of these modules; smoothing folds scales into both.
+_SMOOTHED = {
+    "input_layernorm": ("q_proj", "k_proj", "v_proj"),
+    "post_attention_layernorm": ("gate_proj", "up_proj"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """Something that can be loaded.
+
+    Attributes:
+        abstract: a QTensor of ``jax.ShapeDtypeStruct`` leaves, or one ``jax.ShapeDtypeStruct``.
+        load: returns it with NumPy leaves.
+        nbytes: bytes on disk.
+        format: short name of the format, "array" for what is no linear weight.
+        origin: the checkpoint it comes from.
+    """
+
+    abstract: Any
+    load: Callable[[], Any] = dataclasses.field(repr=False)
+    nbytes: int
+    format: str
+    origin: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """Everything a model is built from.
+
+    Attributes:
+        path: the checkpoint that config and tokenizer come from.
+        config: the model's config.
+        weights: linear weights ``[out, in]`` by module path.
+        arrays: all other arrays by name.
+        ignored: name -> why it takes no part.
+    """
+
+    path: Path
+    config: ModelConfig
+    weights: Mapping[str, Item]
+    arrays: Mapping[str, Item]
+    ignored: Mapping[str, str]
+
+
+def _module_item(module: QuantizedModule, origin: str) -> Item:
+    return Item(module.abstract(), module.load, module.nbytes, module.format.name, origin)
+
+
+def _array_item(tensor: RawTensor, origin: str) -> Item:
+    shape = jax.ShapeDtypeStruct(tensor.shape, numpy_dtype(tensor.dtype))
+    return Item(shape, tensor.read, tensor.nbytes, "array", origin)
+
+
+def _directory_source(path: Path) -> ModelSource:
+    checkpoint = open_checkpoint(path)
+    config = ModelConfig.from_hf(checkpoint.config)
+    contents = survey(checkpoint)
+    weights: dict[str, Item] = {}
+    arrays: dict[str, Item] = {}
+    left_out: dict[str, str] = {}
+    problems = []
+    for table, pieces in (
+        (weights, ((n, _module_item(m, str(path))) for n, m in contents.modules.items())),
+        (arrays, ((n, _array_item(t, str(path))) for n, t in contents.tensors.items())),
+    ):
+        for name, item in pieces:
+            known = canonical(name)
+            reason = ignored(known, config)
+            if reason is not None:
+                left_out[name] = reason
+            elif known in table:
+                problems.append(f"{name}: a second tensor for {known}")
+            else:
+                table[known] = item
+    if problems:
+        raise PlanError(str(path), problems, "two names of the checkpoint mean the same weight")
+    if config.tied and "lm_head" in weights and weights["lm_head"].format == "dense":
+        left_out["lm_head"] = "tied to the embedding"
+        del weights["lm_head"]
+    return ModelSource(path, config, weights, arrays, left_out)
+
+
+def _gguf_source(path: Path) -> ModelSource:
+    model = open_gguf_model(path)
+    items = {
+        name: Item(
+            piece.abstract,
+            piece.load,
+            sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(piece.abstract)),
+            "gguf",
+            str(path),
+        )
+        for name, piece in model.pieces.items()
+    }
+    weights = {name: items[name] for name in model.weights}
+    arrays = {name: items[name] for name in model.arrays}
+    config = ModelConfig.from_hf(model.config)
+    return ModelSource(path, config, weights, arrays, {})
+
+
+def open_source(path: str | Path, plan: PrecisionPlan | None = None) -> ModelSource:
+    """Open a checkpoint directory or ``.gguf`` file, mixed with others where there is a plan.
+
+    Raises:
+        FormatError: a file or config breaks its rules.
+        ConfigError: an architecture that is not known.
+        PlanError: names that do not fit together, or a plan that cannot be met; all problems.
+    """
+    path = Path(path)
+    opened = _gguf_source(path) if path.suffix == ".gguf" else _directory_source(path)
+    return opened if plan is None else _planned_source(opened, plan)
+
+
+def _fits(precision: str, item: Item) -> bool:
+    """Whether a weight is what a precision's name promises."""
+    layout = item.abstract.layout
+    code = layout.code
+    return {
+        "fp16": layout.dense,
+        "fp8": code.name in ("e4m3", "e5m2"),
+        "int8": code.bits == 8 and code.kind != "float",
+        "int4": code.bits == 4,
+        "gptq_int4": item.format == "gptq" and code.bits == 4,
+        "awq_int4": item.format == "awq" and code.bits == 4,
+    }[precision]
+
+
+def _scheme_item(item: Item, scheme: Scheme) -> Item:
+    """Quantize a weight of the base here."""
+
+    def convert(q: Any) -> Any:
+        return quantize(dequantize(q), scheme, ("out", "in"))
+
+    return Item(
+        jax.eval_shape(convert, item.abstract),
+        lambda: as_numpy(convert(item.load())),
+        item.nbytes,
+        str(scheme),
+        item.origin,
+    )
+
+
+def _same_array(a: Item, b: Item) -> bool:
+    return np.array_equal(
+        np.asarray(a.load()).astype(np.float32), np.asarray(b.load()).astype(np.float32)
+    )
+
+
+def _smoothing_problems(
+    precision: str, base: ModelSource, other: ModelSource, modules: list[str]
+) -> list[str]:
+    """Weights that were smoothed for another norm than the base's cannot be mixed with it."""
+    norms: dict[str, str] = {}
+    for module in modules:
+        layer = ".".join(module.split(".")[:3])
+        for norm, projections in _SMOOTHED.items():
+            if module.split(".")[-1] in projections and "shared" not in module:
+                norms.setdefault(f"{layer}.{norm}.weight", module)
+    return [
+        f"{module}: {precision}'s {norm} differs from the base's, so its weights were scaled to fit "
+        "another norm (AWQ and SmoothQuant do that)"
+        for norm, module in norms.items()
+        if norm in base.arrays
+        and norm in other.arrays
+        and not _same_array(base.arrays[norm], other.arrays[norm])
+    ]
+
+
+def _planned_source(opened: ModelSource, plan: PrecisionPlan) -> ModelSource:
+    sources: dict[Path, ModelSource] = {opened.path.resolve(): opened}
+    for path in plan.sources.values():
+        if path.resolve() not in sources:
+            sources[path.resolve()] = open_source(path)
+    base = sources[plan.sources[BASE].resolve()]
+    chosen = resolve(plan, base.weights)
+    problems: list[str] = []
+    weights: dict[str, Item] = {}
+    arrays = dict(base.arrays)
+    taken: dict[str, list[str]] = {}
+    for module, precision in chosen.items():
+        if precision == BASE:
+            weights[module] = base.weights[module]
+            continue
+        scheme = plan.scheme(precision)
+        if scheme is not None:
+            weights[module] = _scheme_item(base.weights[module], scheme)
+            continue
+        other = sources[plan.sources[precision].resolve()]
+        item = other.weights.get(module)
+        if item is None:
+            problems.append(f"{module}: missing in {other.path} ({precision})")
+        elif not _fits(precision, item):
+            found = f"{item.format}, {item.abstract.layout}"
+            problems.append(f"{module}: {other.path} has it as {found}, not as {precision}")
+        elif item.abstract.shape != base.weights[module].abstract.shape:
+            shape = base.weights[module].abstract.shape
+            found = f"{item.abstract.shape} in {other.path}, {shape} in the base"
+            problems.append(f"{module}: {found} ({precision})")
+        else:
+            weights[module] = item
+            taken.setdefault(precision, []).append(module)
+            bias = f"{module}.bias"
+            if bias in other.arrays:
+                arrays[bias] = other.arrays[bias]
+    for precision, modules in taken.items():
+        other = sources[plan.sources[precision].resolve()]
+        if other is not base:
+            problems += _smoothing_problems(precision, base, other, modules)
+    if problems:
+        raise PlanError(plan.file, problems, "correct the plan or the checkpoints it names")
+    return dataclasses.replace(opened, weights=weights, arrays=arrays, ignored=base.ignored)
