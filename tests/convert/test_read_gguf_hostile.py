@@ -136,7 +136,12 @@ CASES = {
         "",
     ),
     "string array over cap": (
-        raw(pairs=[strings("k", [b""] * 600_000), strings("l", [b""] * 600_000)]),
+        raw(
+            pairs=[
+                strings("k", [b""] * 8),
+                pair("l", ARRAY, struct.pack("<IQ", STRING, (1 << 20) - 7) + bytes(1 << 24)),
+            ]
+        ),
         "at most 1048576",
         "",
     ),
