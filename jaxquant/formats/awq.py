@@ -143,19 +143,22 @@ def awq_spec(config: Mapping[str, Any], module: RawModule, group: int) -> AWQSpe
     zero_point = config.get("zero_point", True) is not False
     if qzeros is None and (zero_point or kind == "gemv_fast"):
         raise module.error("no qzeros", "an AWQ weight with zero_point has zero points")
-    if qzeros is not None and not zero_point and kind != "gemv_fast" and not qzeros.read().any():
-        # Exporters of symmetric weights left this tensor unset; the codes are centred on 8.
-        warnings.warn(
-            f"{qzeros.file}: {qzeros.name}: zero_point is false and all stored ones are 0; 8 is "
-            "used",
-            FormatWarning,
-            stacklevel=2,
-        )
-        qzeros = None
+    centred = qzeros is None
+    if qzeros is not None and not zero_point and kind != "gemv_fast":
+        stored = np.unique(qzeros.read().view(np.uint32))
+        centred = stored.tolist() in ([0], [0x88888888])
+        if centred and not stored.any():
+            # Exporters of symmetric weights left this tensor unset; the codes are centred on 8.
+            warnings.warn(
+                f"{qzeros.file}: {qzeros.name}: zero_point is false and all stored ones are 0; 8 "
+                "is used",
+                FormatWarning,
+                stacklevel=2,
+            )
     grid = (1, WHOLE if group == -1 else group)
     dtype = numpy_dtype(scales.dtype).name
     offset = kind == "gemv_fast"
-    zeros = (Leaf(grid, dtype if offset else "uint8"),) if qzeros is not None else ()
+    zeros = (Leaf(grid, dtype if offset else "uint8"),) if not centred else ()
     return AWQSpec(
         kind=kind,
         code=CODES["uint4" if zeros else "int4"],

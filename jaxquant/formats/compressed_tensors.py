@@ -155,6 +155,8 @@ def _scaled(module: RawModule, group: Group, weights: Arguments) -> ScaledSpec:
     if static:
         module.need("input_scale")
     asymmetric_act = static and acts is not None and not acts.symmetric
+    if asymmetric_act:
+        module.need("input_zero_point")
     zero = module.get("weight_zero_point")
     if weights.kind == "int" and not weights.symmetric and zero is None:
         raise module.error("no weight_zero_point", "an asymmetric weight has zero points")

@@ -1,7 +1,7 @@
 """The config of compressed-tensors: groups, targets, presets, quantization arguments.
 
-A config has groups; each names targets (module names, ``re:`` patterns, class names) and how weights
-and input activations of these are quantized.
+A config has groups; each names targets (module names, ``re:`` patterns, class names) and how their
+weights and input activations are quantized.
 """
 
 from __future__ import annotations
