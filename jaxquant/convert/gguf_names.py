@@ -60,6 +60,13 @@ STACKED = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exp
 FUSED_STACK = "ffn_gate_up_exps"
 """Gate and up projections of all experts in one, ``[experts, 2 inner, hidden]``, gate first."""
 
+_STEMS = {module: stem for stem, module in _BLOCK.items()} | {
+    f"mlp.{shared}.{projection}": stem
+    for stem, projection in _SHARED.items()
+    for shared in ("shared_expert", "shared_experts")
+}
+_STACKED_STEMS = {projection: stem for stem, projection in STACKED.items()}
+
 _CORRECTION = "mlp.gate.e_score_correction_bias"
 _IGNORED = (
     (re.compile(r"rope_freqs\.weight|rope_factors_(long|short)\.weight"), "read with the config"),
@@ -147,24 +154,22 @@ def gguf_name(name: str) -> tuple[str, int | None]:
     Raises:
         ConfigError: GGUF has no such tensor.
     """
-    for stem, module in _TOP.items():
-        if name in (module, f"{module}.weight", f"{module}.bias"):
-            return stem + name[len(module) :], None
-    if found := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name):
+    module, suffix = name, ""
+    for end in (".weight", ".bias"):
+        if name.endswith(end):
+            module, suffix = name.removesuffix(end), end
+    for stem, top in _TOP.items():
+        if module == top:
+            return stem + suffix, None
+    if found := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module):
         block, rest = f"blk.{found[1]}.", found[2]
+        expert = re.fullmatch(r"mlp\.experts\.(\d+)\.(\w+)", rest)
+        if expert and expert[2] in _STACKED_STEMS:
+            return block + _STACKED_STEMS[expert[2]] + suffix, int(expert[1])
         if rest == _CORRECTION:
             return block + "exp_probs_b.bias", None
-        if expert := re.fullmatch(r"mlp\.experts\.(\d+)\.(\w+_proj)(\.\w+)?", rest):
-            stems = {projection: stem for stem, projection in STACKED.items()}
-            if expert[2] in stems:
-                return block + stems[expert[2]] + (expert[3] or ""), int(expert[1])
-        for stem, module in _BLOCK.items() | {
-            (stem, f"mlp.{shared}.{projection}")
-            for stem, projection in _SHARED.items()
-            for shared in ("shared_expert", "shared_experts")
-        }:
-            if rest in (module, f"{module}.weight", f"{module}.bias"):
-                return block + stem + rest[len(module) :], None
+        if rest in _STEMS:
+            return block + _STEMS[rest] + suffix, None
     raise ConfigError(name, "no GGUF tensor has this role", "a module of a known architecture")
 
 

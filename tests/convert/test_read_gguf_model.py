@@ -1,0 +1,585 @@
+"""GGUF files as models: every architecture from weights that are transformed here by hand."""
+
+import os
+import warnings
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import jaxquant as jq
+from jaxquant.arrays.qtensor import dense
+from jaxquant.convert import gguf_names
+from jaxquant.convert.gguf_config import config_of
+from jaxquant.convert.gguf_model import open_gguf_model
+from jaxquant.convert.read_gguf import open_gguf
+from jaxquant.errors import ConfigError, FormatError, PlanError
+from jaxquant.formats import gguf
+from jaxquant.formats.base import FormatWarning
+from jaxquant.formats.gguf_types import TYPES
+from jaxquant.models import ModelConfig, build_model
+from tests.convert.gguf_bytes import (
+    ARRAY,
+    BOOL,
+    F32,
+    STRING,
+    U32,
+    Tensor,
+    array,
+    build,
+    pair,
+    scalar,
+    text,
+)
+
+HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, DIM, LAYERS, EXPERTS = 64, 96, 40, 4, 2, 16, 2, 4
+NOPE, ROTATED, VALUE, LATENT, QUERY_RANK = 16, 8, 32, 32, 64
+
+
+def number(key: str, value) -> bytes:
+    kind = {bool: BOOL, float: F32}.get(type(value), U32)
+    return pair(key, kind, scalar(kind, value))
+
+
+def metadata(arch: str, **more) -> list[bytes]:
+    values = {
+        "block_count": LAYERS,
+        "context_length": 128,
+        "embedding_length": HIDDEN,
+        "feed_forward_length": INNER,
+        "attention.head_count": HEADS,
+        "attention.head_count_kv": KV_HEADS,
+        "attention.key_length": DIM,
+        "attention.value_length": DIM,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.freq_base": 5000.0,
+    } | {key.replace("__", "."): value for key, value in more.items()}
+    pairs = [pair("general.architecture", STRING, text(arch))]
+    return pairs + [number(f"{arch}.{key}", value) for key, value in values.items()]
+
+
+class Files:
+    """Collects weights under both names: the model's and, transformed, the file's."""
+
+    def __init__(self, permuted: bool = False):
+        self.rng = np.random.default_rng(11)
+        self.permuted = permuted
+        self.model: dict[str, np.ndarray] = {}
+        self.file: dict[str, np.ndarray] = {}
+
+    def random(self, *shape: int) -> np.ndarray:
+        return self.rng.normal(size=shape).astype(np.float32)
+
+    def add(self, model: str, file: str, *shape: int, heads: int = 0) -> None:
+        self.model[model] = value = self.random(*shape)
+        self.file[file] = self.interleaved(value, heads) if heads and self.permuted else value
+
+    @staticmethod
+    def interleaved(value: np.ndarray, heads: int) -> np.ndarray:
+        """Row 2 i + j of a head is row j half + i of the model's head, one row at a time."""
+        out, width = np.empty_like(value), value.shape[0] // heads
+        for head in range(heads):
+            for i in range(width // 2):
+                for j in range(2):
+                    out[head * width + 2 * i + j] = value[head * width + j * width // 2 + i]
+        return out
+
+    def top(self, tied: bool = False) -> None:
+        self.add("model.embed_tokens.weight", "token_embd.weight", VOCAB, HIDDEN)
+        self.add("model.norm.weight", "output_norm.weight", HIDDEN)
+        if not tied:
+            self.add("lm_head", "output.weight", VOCAB, HIDDEN)
+
+    def norms(self, n: int) -> None:
+        path = f"model.layers.{n}."
+        self.add(path + "input_layernorm.weight", f"blk.{n}.attn_norm.weight", HIDDEN)
+        self.add(path + "post_attention_layernorm.weight", f"blk.{n}.ffn_norm.weight", HIDDEN)
+
+    def attention(self, n: int, bias: bool = False, norms: bool = False) -> None:
+        path, q, kv = f"model.layers.{n}.self_attn.", HEADS * DIM, KV_HEADS * DIM
+        for name, short, rows, heads in (
+            ("q", "attn_q", q, HEADS),
+            ("k", "attn_k", kv, KV_HEADS),
+            ("v", "attn_v", kv, 0),
+        ):
+            stem = f"blk.{n}.{short}"
+            self.add(f"{path}{name}_proj", f"{stem}.weight", rows, HIDDEN, heads=heads)
+            if bias:
+                self.add(f"{path}{name}_proj.bias", f"{stem}.bias", rows, heads=heads)
+            if norms and name != "v":
+                self.add(f"{path}{name}_norm.weight", f"{stem}_norm.weight", DIM)
+        self.add(path + "o_proj", f"blk.{n}.attn_output.weight", HIDDEN, q)
+
+    def mlp(self, path: str, stem: str, inner: int, end: str = "") -> None:
+        for name, shape in (
+            ("gate", (inner, HIDDEN)),
+            ("up", (inner, HIDDEN)),
+            ("down", (HIDDEN, inner)),
+        ):
+            self.add(f"{path}.{name}_proj", f"{stem}_{name}{end}.weight", *shape)
+
+    def experts(self, n: int, inner: int, style: str = "stacked") -> None:
+        path, stem = f"model.layers.{n}.mlp", f"blk.{n}.ffn"
+        self.add(f"{path}.gate", f"{stem}_gate_inp.weight", EXPERTS, HIDDEN)
+        for e in range(EXPERTS):
+            self.mlp(f"{path}.experts.{e}", stem, inner, f".{e}")
+        if style == "single":
+            return
+        stacks = {
+            name: np.stack([self.file.pop(f"{stem}_{name}.{e}.weight") for e in range(EXPERTS)])
+            for name in ("gate", "up", "down")
+        }
+        if style == "fused":
+            both = np.concatenate([stacks.pop("gate"), stacks.pop("up")], axis=1)
+            self.file[f"{stem}_gate_up_exps.weight"] = both
+        for name, stacked in stacks.items():
+            self.file[f"{stem}_{name}_exps.weight"] = stacked
+
+    def latent(self, n: int, split: bool) -> None:
+        path, stem = f"model.layers.{n}.self_attn.", f"blk.{n}.attn_"
+        self.add(path + "q_a_proj", stem + "q_a.weight", QUERY_RANK, HIDDEN)
+        self.add(path + "q_a_layernorm.weight", stem + "q_a_norm.weight", QUERY_RANK)
+        self.add(path + "q_b_proj", stem + "q_b.weight", HEADS * (NOPE + ROTATED), QUERY_RANK)
+        self.add(path + "kv_a_proj_with_mqa", stem + "kv_a_mqa.weight", LATENT + ROTATED, HIDDEN)
+        self.add(path + "kv_a_layernorm.weight", stem + "kv_a_norm.weight", LATENT)
+        self.add(path + "kv_b_proj", stem + "kv_b.weight", HEADS * (NOPE + VALUE), LATENT)
+        self.add(path + "o_proj", stem + "output.weight", HIDDEN, HEADS * VALUE)
+        if split:
+            joint = self.file.pop(stem + "kv_b.weight").reshape(HEADS, NOPE + VALUE, LATENT)
+            self.file[stem + "k_b.weight"] = joint[:, :NOPE].transpose(0, 2, 1)
+            self.file[stem + "v_b.weight"] = joint[:, NOPE:]
+
+    def tensors(self, kind: str) -> list[Tensor]:
+        """All tensors; matrices as ``kind`` where their rows allow it."""
+        result = []
+        for name, value in self.file.items():
+            fits = value.ndim > 1 and value.shape[-1] % 32 == 0 and "gate_inp" not in name
+            chosen = TYPES[kind if fits else "F32"]
+            data = gguf.quantize(value, chosen).tobytes()
+            result.append(Tensor(name, tuple(reversed(value.shape)), chosen.id, data))
+        return result
+
+
+def dense_family(permuted=False, bias=False, norms=False, tied=False) -> Files:
+    files = Files(permuted)
+    files.top(tied)
+    for n in range(LAYERS):
+        files.norms(n)
+        files.attention(n, bias, norms)
+        files.mlp(f"model.layers.{n}.mlp", f"blk.{n}.ffn", INNER)
+    return files
+
+
+def expert_family(permuted=False, norms=False, style="stacked") -> Files:
+    files = Files(permuted)
+    files.top()
+    for n in range(LAYERS):
+        files.norms(n)
+        files.attention(n, norms=norms)
+        files.experts(n, INNER, style)
+    return files
+
+
+def deepseek_family(split: bool, sigmoid: bool) -> Files:
+    files = Files()
+    files.top()
+    for n in range(LAYERS):
+        files.norms(n)
+        files.latent(n, split)
+        if n == 0:
+            files.mlp(f"model.layers.{n}.mlp", f"blk.{n}.ffn", INNER)
+            continue
+        files.experts(n, 32)
+        files.mlp(f"model.layers.{n}.mlp.shared_experts", f"blk.{n}.ffn", 32, "_shexp")
+        if sigmoid:
+            name = f"model.layers.{n}.mlp.gate.e_score_correction_bias"
+            files.add(name, f"blk.{n}.exp_probs_b.bias", EXPERTS)
+    return files
+
+
+def qwen2moe_family() -> Files:
+    files = Files()
+    files.top()
+    for n in range(LAYERS):
+        files.norms(n)
+        files.attention(n, bias=True)
+        files.experts(n, 32)
+        files.mlp(f"model.layers.{n}.mlp.shared_expert", f"blk.{n}.ffn", 32, "_shexp")
+        gate = f"model.layers.{n}.mlp.shared_expert_gate"
+        files.add(gate, f"blk.{n}.ffn_gate_inp_shexp.weight", 1, HIDDEN)
+        stem = f"blk.{n}.ffn_gate_inp_shexp.weight"
+        files.file[stem] = files.file[stem].reshape(HIDDEN)
+    return files
+
+
+MOE = {"expert_count": EXPERTS, "expert_used_count": 2}
+LATENT_KEYS = {
+    "attention__kv_lora_rank": LATENT,
+    "attention__q_lora_rank": QUERY_RANK,
+    "rope__dimension_count": ROTATED,
+    "leading_dense_block_count": 1,
+    "expert_feed_forward_length": 32,
+    "expert_shared_count": 1,
+    "expert_weights_scale": 2.5,
+    "expert_weights_norm": True,
+}
+WHOLE = {"attention__key_length": NOPE + ROTATED, "attention__value_length": VALUE}
+SPLIT = {
+    "attention__key_length": LATENT + ROTATED,
+    "attention__value_length": LATENT,
+    "attention__key_length_mla": NOPE + ROTATED,
+    "attention__value_length_mla": VALUE,
+    "attention__head_count_kv": 1,
+}
+SHARED = {"expert_feed_forward_length": 32, "expert_shared_feed_forward_length": 32}
+# family: (weights, metadata, model family)
+CASES = {
+    "llama": (dense_family(True), metadata("llama"), "llama"),
+    "llama tied": (dense_family(True, tied=True), metadata("llama"), "llama"),
+    "qwen2": (dense_family(bias=True), metadata("qwen2"), "qwen2"),
+    "qwen3": (dense_family(norms=True), metadata("qwen3"), "qwen3"),
+    "mixtral": (expert_family(True), metadata("llama", **MOE), "mixtral"),
+    "mixtral single": (expert_family(True, style="single"), metadata("llama", **MOE), "mixtral"),
+    "qwen2moe": (qwen2moe_family(), metadata("qwen2moe", **MOE, **SHARED), "qwen2_moe"),
+    "qwen3moe": (
+        expert_family(norms=True),
+        metadata("qwen3moe", **MOE, expert_feed_forward_length=INNER),
+        "qwen3_moe",
+    ),
+    "qwen3moe fused": (
+        expert_family(norms=True, style="fused"),
+        metadata("qwen3moe", **MOE, expert_feed_forward_length=INNER),
+        "qwen3_moe",
+    ),
+    "deepseek2": (
+        deepseek_family(False, False),
+        metadata("deepseek2", **MOE, **LATENT_KEYS, **WHOLE),
+        "deepseek_v2",
+    ),
+    "deepseek3 split": (
+        deepseek_family(True, True),
+        metadata("deepseek2", **MOE, **LATENT_KEYS, **SPLIT, expert_gating_func=2),
+        "deepseek_v3",
+    ),
+}
+
+
+def write(tmp_path: Path, pairs, tensors) -> Path:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(build(pairs, tensors))
+    return path
+
+
+def open_quietly(path, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FormatWarning)
+        return open_gguf_model(path, **options)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_weight_is_that_of_the_model(name, tmp_path):
+    files, pairs, family = CASES[name]
+    model = open_quietly(write(tmp_path, pairs, files.tensors("F32")))
+    assert set(model.pieces) == set(files.model)
+    for key, expected in files.model.items():
+        value = model.load(key)
+        found = np.asarray(jq.dequantize(value)) if key in model.weights else value
+        np.testing.assert_array_equal(found, expected, err_msg=key)
+    assert ModelConfig.from_hf(model.config).family == family
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "mixtral", "qwen2moe", "qwen3moe fused", "deepseek3 split"]
+)
+def test_quantized_models_are_built_and_run(name, tmp_path):
+    """The packed model gives what the same file gives when it is dequantized."""
+    files, pairs, _ = CASES[name]
+    model = open_quietly(write(tmp_path, pairs, files.tensors("Q8_0")))
+    config = ModelConfig.from_hf(model.config)
+    for key, described in {**model.weights, **model.arrays}.items():
+        value = model.load(key)
+        if key in model.weights:
+            assert value.layout == described.layout
+            assert [a.dtype for a in value.data + value.scales] == [
+                a.dtype for a in described.data + described.scales
+            ]
+        assert value.shape == described.shape
+
+    def dequantized(key):
+        value = model.load(key)
+        return dense(np.asarray(jq.dequantize(value))) if key in model.weights else value
+
+    plain = {key: dequantized(key) for key in model.weights}
+    ids = jnp.asarray([[1, 2, 3, 5, 8, 13]], jnp.int32)
+    packed = build_model(config, model.weights, model.arrays, dtype=jnp.float32, load=model.load)
+    full = build_model(config, plain, model.arrays, dtype=jnp.float32, load=dequantized)
+    a, b = np.asarray(packed(ids)), np.asarray(full(ids))
+    assert np.linalg.norm(a - b) / np.linalg.norm(b) < 1e-4
+
+
+def test_rotary_rows():
+    """The published example: rows of a head of eight, and two heads stay apart."""
+    from jaxquant.convert.gguf_model import rotary_rows
+
+    file_holds = np.array([0, 4, 1, 5, 2, 6, 3, 7])
+    np.testing.assert_array_equal(file_holds[rotary_rows(8, 1)], np.arange(8))
+    both = np.concatenate([file_holds, file_holds + 8])
+    np.testing.assert_array_equal(both[rotary_rows(16, 2)], np.arange(16))
+
+
+def test_config(tmp_path):
+    files, pairs, _ = CASES["deepseek3 split"]
+    config = config_of(open_gguf(write(tmp_path, pairs, files.tensors("F32"))))
+    expected = {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "vocab_size": VOCAB,
+        "num_key_value_heads": HEADS,
+        "qk_nope_head_dim": NOPE,
+        "qk_rope_head_dim": ROTATED,
+        "v_head_dim": VALUE,
+        "kv_lora_rank": LATENT,
+        "q_lora_rank": QUERY_RANK,
+        "n_routed_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True,
+        "topk_method": "noaux_tc",
+        "tie_word_embeddings": False,
+    }
+    assert {key: config[key] for key in expected} == expected
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 5000.0}
+
+
+def llama(tmp_path, more=(), drop=(), **keys):
+    """A llama file with other metadata or tensors."""
+    files, _, _ = CASES["llama"]
+    tensors = [t for t in files.tensors("F32") if t.name not in drop]
+    return write(tmp_path, metadata("llama", **keys), [*tensors, *more])
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (
+            {"rope__scaling__factor": 4.0, "rope__scaling__original_context_length": 32},
+            {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "mscale": 0.707,
+                "mscale_all_dim": 0.707,
+            },
+        ),
+        ({"rope__scaling__factor": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+    ],
+)
+def test_rope_scaling(keys, expected, tmp_path):
+    kind = expected["rope_type"]
+    if kind == "yarn":
+        keys = keys | {"rope__scaling__yarn_log_multiplier": 0.0707}
+    pairs = [
+        *metadata("llama", **keys),
+        pair("llama.rope.scaling.type", STRING, text(kind)),
+    ]
+    config = config_of(open_gguf(write(tmp_path, pairs, CASES["llama"][0].tensors("F32"))))
+    assert config["rope_parameters"] == {"rope_theta": 5000.0} | expected
+
+
+def test_rope_divisors_of_llama3(tmp_path):
+    factors = np.linspace(1, 8, DIM // 2).astype("<f4")
+    more = [Tensor("rope_freqs.weight", (DIM // 2,), 0, factors.tobytes())]
+    model = open_gguf_model(llama(tmp_path, more))
+    rope = ModelConfig.from_hf(model.config).rope
+    from jaxquant.nn.rope import frequencies
+
+    plain = 5000.0 ** -(np.arange(0, DIM, 2) / DIM)
+    for length in (None, jnp.asarray([4]), jnp.asarray([4000])):
+        found = np.asarray(frequencies(rope, length)).reshape(-1)
+        np.testing.assert_allclose(found, plain / factors, rtol=1e-6)
+    assert rope.magnitude == 1
+    bad = [more[0]._replace(dims=(3,), data=bytes(12))]
+    with pytest.raises(FormatError, match="rope_freqs"):
+        open_gguf_model(llama(tmp_path, bad))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"attention__head_count": 0}, "0 heads"),
+        ({"attention__layer_norm_rms_epsilon": float("nan")}, "nan"),
+        ({"feed_forward_length": 2.5}, "whole number"),
+        ({"context_length": True}, "True"),
+        ({"attention__head_count": 3, "attention__head_count_kv": 3}, "rows for 3 heads"),
+    ],
+)
+def test_metadata_that_cannot_be(keys, message, tmp_path):
+    with pytest.raises(FormatError, match=message):
+        open_gguf_model(llama(tmp_path, **keys))
+
+
+def test_missing_metadata_names_the_key(tmp_path):
+    pairs = [p for p in metadata("llama") if b"embedding_length" not in p]
+    path = write(tmp_path, pairs, CASES["llama"][0].tensors("F32"))
+    with pytest.raises(FormatError, match="None") as error:
+        open_gguf_model(path)
+    assert error.value.where.endswith("llama.embedding_length")
+
+
+def test_per_layer_arrays(tmp_path):
+    def with_heads(values):
+        pairs = [p for p in metadata("llama") if b"head_count_kv" not in p]
+        pairs.append(pair("llama.attention.head_count_kv", ARRAY, array(U32, values)))
+        return open_gguf(write(tmp_path, pairs, CASES["llama"][0].tensors("F32")))
+
+    assert config_of(with_heads([2, 2]))["num_key_value_heads"] == 2
+    with pytest.raises(FormatError, match="differs between layers"):
+        config_of(with_heads([2, 4]))
+
+
+def test_unknown_architecture_and_name_map(tmp_path):
+    files, _, _ = CASES["llama"]
+    renamed = [t._replace(name=t.name.replace("blk.", "h.")) for t in files.tensors("F32")]
+    path = write(tmp_path, metadata("mystery"), renamed)
+    with pytest.raises(FormatError, match="mystery"):
+        open_gguf_model(path)
+    assert jq.read_quantized(path)["h.0.attn_q"].shape == (HEADS * DIM, HIDDEN)
+    config = {"model_type": "llama", "num_hidden_layers": LAYERS}
+    with pytest.raises(PlanError) as error:
+        open_gguf_model(path, config=config)
+    assert len(error.value.problems) == 9 * LAYERS
+    names = {
+        f"h.{{}}.{stem}": f"model.layers.{{}}.{module}"
+        for stem, module in gguf_names._BLOCK.items()
+    }
+    model = open_gguf_model(path, names, config)
+    assert set(model.pieces) == set(files.model)
+    value = np.asarray(jq.dequantize(model.load("model.layers.1.self_attn.k_proj")))
+    # A foreign architecture's rows are taken as they are.
+    np.testing.assert_array_equal(value, files.file["blk.1.attn_k.weight"])
+
+
+def test_name_map_mistakes(tmp_path):
+    path = llama(tmp_path)
+    with pytest.raises(ConfigError, match=r"each \{\}"):
+        open_gguf_model(path, {"blk.0.attn_q": "model.layers.{}.self_attn.q_proj"})
+    with pytest.raises(PlanError, match="one tensor for each weight"):
+        open_gguf_model(path, {"blk.{}.attn_q": "model.layers.{}.self_attn.k_proj"})
+
+
+def test_tensors_without_a_name_are_all_listed(tmp_path):
+    more = [Tensor(n, (8,), 0, bytes(32)) for n in ("blk.0.ssm_a", "mystery.weight")]
+    with pytest.raises(PlanError) as error:
+        open_gguf_model(llama(tmp_path, more))
+    assert [p.split(":")[0] for p in error.value.problems] == ["blk.0.ssm_a", "mystery.weight"]
+
+
+def test_tensors_without_a_part_are_ignored(tmp_path):
+    names = (
+        "blk.0.ffn_up.input_scale",
+        f"blk.{LAYERS}.nextn.eh_proj.weight",
+        "blk.7.attn_q.weight",
+    )
+    more = [Tensor(n, (8,), 0, bytes(32)) for n in names]
+    model = open_gguf_model(llama(tmp_path, more))
+    assert set(model.pieces) == set(CASES["llama"][0].model)
+
+
+def test_split_latent_needs_both_parts(tmp_path):
+    files, pairs, _ = CASES["deepseek3 split"]
+    tensors = [t for t in files.tensors("F32") if t.name != "blk.1.attn_v_b.weight"]
+    with pytest.raises(PlanError, match=r"blk\.1\.attn_v_b\.weight is missing"):
+        open_quietly(write(tmp_path, pairs, tensors))
+    odd = [
+        t._replace(dims=(4, *t.dims[1:]), data=t.data[: len(t.data) // t.dims[0] * 4])
+        if t.name == "blk.0.attn_v_b.weight"
+        else t
+        for t in files.tensors("F32")
+    ]
+    with pytest.raises(PlanError, match="attn_k_b"):
+        open_quietly(write(tmp_path, pairs, odd))
+
+
+def test_what_is_not_kept_packed_is_said(tmp_path):
+    files, pairs, _ = CASES["deepseek3 split"]
+    path = write(tmp_path, pairs, files.tensors("Q8_0"))
+    with pytest.warns(FormatWarning, match="kv_b_proj of 2 layers"):
+        model = open_gguf_model(path)
+    assert len(model.notes) == 1
+    assert model.weights["model.layers.0.self_attn.kv_b_proj"].layout.dense
+    assert not model.weights["model.layers.0.self_attn.q_b_proj"].layout.dense
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_names_are_invertible(name):
+    files, _, family = CASES[name]
+    for tensor in files.file:
+        module = gguf_names.module_name(tensor, family)
+        if module is None:
+            assert "_b.weight" in tensor or "gate_up" in tensor
+            continue
+        if "exps" in tensor:
+            single = module.replace("experts.", "experts.3.")
+            assert gguf_names.gguf_name(single) == (tensor, 3)
+            continue
+        found, expert = gguf_names.gguf_name(module)
+        if expert is not None:
+            assert found == tensor.replace(f".{expert}.weight", "_exps.weight")
+        else:
+            assert found == tensor
+
+
+def test_names_without_a_tensor():
+    for name in (
+        "model.layers.0.mlp.experts.1.mystery",
+        "transformer.h.0.attn",
+        "model.layers.0.x",
+    ):
+        with pytest.raises(ConfigError):
+            gguf_names.gguf_name(name)
+
+
+CORPUS = os.environ.get("JAXQUANT_CORPUS")
+
+
+CORPUS_MODELS = [
+    *(f"gguf-llamacpp-llama-k/llama-k.{kind}" for kind in ("Q3_K_M", "Q4_K_M", "Q5_1", "IQ4_XS")),
+    "gguf-llamacpp-qwen3moe-a/qwen3moe-a.Q8_0",
+]
+
+
+@pytest.mark.skipif(CORPUS is None, reason="JAXQUANT_CORPUS is not set")
+@pytest.mark.corpus
+@pytest.mark.parametrize("name", CORPUS_MODELS)
+def test_corpus_logits(name):
+    """llama.cpp quantizes activations: its logits are near; the same weights dense are closer."""
+    path = Path(CORPUS or "") / f"{name}.gguf"
+    model = open_quietly(path)
+    reference = load_file(path.parent / "logits.safetensors")
+    config = ModelConfig.from_hf(model.config)
+    ids = jnp.asarray(reference["input_ids"], jnp.int32)
+
+    def logits(load, weights):
+        built = build_model(config, weights, model.arrays, dtype=jnp.float32, load=load)
+        return np.asarray(built(ids))
+
+    def distance(a, b):
+        return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+    packed = logits(model.load, model.weights)
+    theirs = reference[path.stem.split(".")[-1]]
+    assert distance(packed, theirs) < 0.05
+
+    def changed(key):
+        """The same weights, query rows left in the file's order: a negative control."""
+        value = model.load(key)
+        if not key.endswith("self_attn.q_proj"):
+            return value
+        rows = np.arange(value.shape[0]).reshape(4, 2, -1).swapaxes(1, 2).reshape(-1)
+        return dense(np.asarray(jq.dequantize(value))[rows])
+
+    q_proj = {key: changed(key) for key in model.weights if key.endswith("self_attn.q_proj")}
+    assert distance(logits(changed, model.weights | q_proj), theirs) > 0.1
