@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.arrays.scheme import ActSpec
@@ -48,6 +49,16 @@ def _round_to_code(x: jax.Array, spec: ActSpec) -> jax.Array:
     return jnp.clip(jnp.round(x), code.min, code.max)
 
 
+def _divide(x: jax.Array, y: Any) -> jax.Array:
+    """``x / y`` to the last bit.
+
+    XLA turns division by a constant or a broadcast value into a product with its rounded inverse.
+    The last bit matters here: the extreme of a row is a rounding tie where the scale is half the
+    range of codes, and another code there is another result.
+    """
+    return x / lax.optimization_barrier(jnp.broadcast_to(jnp.asarray(y, jnp.float32), x.shape))
+
+
 def _dynamic_scale(amax: jax.Array, spec: ActSpec, tensor_scale: Any) -> jax.Array:
     """Scale of a token or group from its largest magnitude; 1 where everything is zero."""
     assert spec.levels is not None
@@ -55,12 +66,12 @@ def _dynamic_scale(amax: jax.Array, spec: ActSpec, tensor_scale: Any) -> jax.Arr
         amax = jnp.minimum(amax, spec.upper_bound)
     if spec.scale_code == "mx":
         return power_of_two_scale(amax, spec.code)
-    scale = amax / spec.levels
+    scale = _divide(amax, spec.levels)
     if spec.scale_code == "e8m0":
         mantissa, exponent = jnp.frexp(scale)
         scale = jnp.ldexp(jnp.float32(1), exponent - (mantissa == 0.5))
     elif spec.scale_code == "e4m3":
-        local = jnp.clip(scale / tensor_scale, 2.0**-9, 448.0).astype(jnp.float8_e4m3fn)
+        local = jnp.clip(_divide(scale, tensor_scale), 2.0**-9, 448.0).astype(jnp.float8_e4m3fn)
         scale = local.astype(jnp.float32) * tensor_scale
     return jnp.where(amax > 0, scale, 1.0)
 
@@ -80,7 +91,7 @@ def quantize_activation(x: jax.Array, q: QTensor) -> QuantizedActivation:
     static = None if q.act_scale is None else q.act_scale.astype(jnp.float32).reshape(())
     if static is not None and spec.granularity == "tensor":
         zero = None if q.act_zero is None else q.act_zero.astype(jnp.float32).reshape(())
-        scaled = x / static if zero is None else x / static + zero
+        scaled = _divide(x, static) if zero is None else _divide(x, static) + zero
         ones = (1,) * x.ndim
         codes = _round_to_code(scaled, spec)
         return QuantizedActivation(
@@ -104,14 +115,16 @@ def quantize_activation(x: jax.Array, q: QTensor) -> QuantizedActivation:
             tensor_scale = jnp.max(amax) / (spec.levels * 448.0)
             tensor_scale = jnp.where(tensor_scale > 0, tensor_scale, 1.0)
         scale, zero = _dynamic_scale(amax, spec, tensor_scale), None
-        scaled = blocks / scale
+        scaled = _divide(blocks, scale)
     else:
         low = jnp.minimum(jnp.min(blocks, axis=axes, keepdims=True), 0.0)
         high = jnp.maximum(jnp.max(blocks, axis=axes, keepdims=True), 0.0)
-        scale = (high - low) / (spec.code.max - spec.code.min)
+        scale = _divide(high - low, spec.code.max - spec.code.min)
         scale = jnp.where(scale > 0, scale, 1.0)
-        zero = jnp.clip(jnp.round(spec.code.min - low / scale), spec.code.min, spec.code.max)
-        scaled = blocks / scale + zero
+        zero = jnp.clip(
+            jnp.round(spec.code.min - _divide(low, scale)), spec.code.min, spec.code.max
+        )
+        scaled = _divide(blocks, scale) + zero
     codes = _round_to_code(scaled, spec)
     codes = codes.reshape(*x.shape[:-1], -1)[..., :width]
     rows = (*x.shape[:-1], -1 if group else 1)
