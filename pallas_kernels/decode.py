@@ -58,8 +58,9 @@ def reference_decoder(record: Record, dtype: Any, depth: int, span: int, scaled:
             starts = range(index * span, (index + 1) * span, depth)
             return [Tile(values[:, k : k + depth].astype(dtype), None) for k in starts]
         tiles = []
-        for group in range(record.groups):
-            k = group * record.group // depth * depth
+        first = index * span // record.group
+        for group in range(first, first + max(1, span // record.group)):
+            k = max(group * record.group // depth * depth, index * span)
             mine = lax.broadcasted_iota(jnp.int32, values.shape, 1) // record.group == group
             operand = jnp.where(mine, values, 0)[:, k : k + depth]
             tiles.append(Tile(operand.astype(dtype), scales[:, group]))

@@ -21,7 +21,7 @@ from pallas_kernels.problem import (
     select,
 )
 from pallas_kernels.record import Record
-from pallas_kernels.stream import StreamConfig, stream_matmul
+from pallas_kernels.stream import StreamConfig, scale_name, stream_matmul
 from pallas_kernels.tiles import cdiv, pad_rows, round_up
 
 _HALF_TYPES = ("bfloat16", "float16")
@@ -261,7 +261,7 @@ def problem_of(
         w_dtype=weight.record.code,
         out_dtype=out.name,
         x_scale=x_scale,
-        w_scale=f"g{weight.record.group}",
+        w_scale=scale_name(weight.record),
         zero="group" if weight.record.zero else "",
         bias="" if bias is None else bias.dtype.name,
         device=current_device(),

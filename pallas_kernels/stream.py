@@ -26,7 +26,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode import Tile, device_decoder, reference_decoder
+from pallas_kernels.accumulate import HostDots, TensorCores
+from pallas_kernels.decode import device_decoder, reference_decoder
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.launch import CLUSTER, GRID, WARPGROUP, launch
 from pallas_kernels.problem import Config, Problem
@@ -43,11 +44,22 @@ from pallas_kernels.tiles import (
 
 # Tokens of one output staging buffer.
 STAGE = 64
-# Values of k decoded at a time when scales are rounded into the operand: one 64 x 64 fragment is
-# filled while the tensor cores work on the other.
+# Values of k decoded at a time: one fragment is filled while the tensor cores work on the other.
 HALF = 64
 # Barriers in one array: one phase bit each in a 32 bit register.
 MAX_BARRIERS = 32
+
+
+def scale_name(record: Record) -> str:
+    """Return the scale layout of a record in the words of `Problem.w_scale`."""
+    wide = " float32" if record.scale_dtype == "float32" else ""
+    return f"g{record.group}{wide}"
+
+
+def scale_layout(problem: Problem) -> tuple[int, bool]:
+    """Return the group of a problem's weight scales, and whether they have 32 bits."""
+    group, *wide = problem.w_scale[1:].split()
+    return int(group), bool(wide)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +95,10 @@ class StreamConfig(Config):
         return self.nw * self.kw
 
     def smem_bytes(self, problem: Problem) -> int:
-        """Return the shared memory of a block, in bytes (an upper bound)."""
-        four_bit = problem.w_dtype == "uint4"
-        groups = DEPTH // int(problem.w_scale[1:])
-        rows = (32 if four_bit else 64) + groups * (2 + bool(problem.zero))
+        """Return the shared memory of a block, in bytes."""
+        group, wide = scale_layout(problem)
+        codes = 32 if problem.w_dtype == "uint4" else 64
+        rows = codes + DEPTH // group * (1 + wide + bool(problem.zero))
         x_bytes = self.bm * DEPTH * jnp.dtype(problem.x_dtype).itemsize
         activations = self.kw * self.ring if self.ring else self.workers * self.slots
         stage = self.nw * min(self.bm, STAGE) * CHANNELS * 2
@@ -176,11 +188,11 @@ def stream_matmul(
     lag = max(min(c.lag, ring - 1 - rounded), 0)
     row_tiles, column_tiles = cdiv(m, c.bm), n // (CHANNELS * c.nw)
     # The wgmma takes no 32 byte swizzle with int8 in registers: groups of 32 are cut out of 64.
-    widest = max(record.group, 64) if x.dtype == jnp.int8 else record.group
-    depth, span = (HALF, HALF) if rounded else (widest, DEPTH)
+    depth = HALF if rounded or x.dtype == jnp.int8 else min(record.group, HALF)
     make_decoder = reference_decoder if interpret else device_decoder
-    decode = make_decoder(record, x.dtype, depth, span, rounded)
+    decode = make_decoder(record, x.dtype, depth, HALF, rounded)
     acc_dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+    adder = (HostDots if interpret else TensorCores)((CHANNELS, c.bm), acc_dtype)
     width = min(c.bm, STAGE)
     pieces = c.bm // width
     owned = pieces // c.owners
@@ -271,7 +283,7 @@ def stream_matmul(
 
         def release_x(i):
             """Give back the activations of step i, and refill those of step i - lag."""
-            if not ring:
+            if ring in (0, most):  # not shared, or there from start to end
                 return
 
             @pl.when(i + ring < steps)
@@ -283,88 +295,67 @@ def stream_matmul(
                 plgpu.barrier_wait(x_empty.at[x_slot(i - lag)])
                 fetch_x(i - lag + ring, x_full.at[x_slot(i - lag)])
 
-        def x_part(i, record_index, tile):
-            k = record_index * DEPTH + tile * (span if rounded else record.group) // depth * depth
-            return x_sm.at[x_slot(i), :, pl.ds(k, depth)]
+        def halves(i, j):
+            """Decode record j of step i, half by half; yield group, tile and activations.
 
-        def dot(tile: Tile, x_ref):
-            """What a wgmma does, for the interpreter, which has none with a register operand."""
-            kind = acc_dtype if x.dtype == jnp.int8 else jnp.float32
-            return lax.dot_general(
-                tile.operand.astype(kind), x_ref[...].astype(kind), (((1,), (1,)), ((), ()))
-            )
+            The code between two halves overlaps the wgmma of the first.
+            """
+            for half in range(DEPTH // HALF):
+                for q, tile in enumerate(
+                    decode(w_sm.at[warpgroup * slots + slot(i, slots), j], half)
+                ):
+                    if ring and j + half + q == 0:
+                        plgpu.barrier_wait(x_full.at[x_slot(i)])
+                    k = half * HALF + q * record.group // depth * depth
+                    x_ref = x_sm.at[x_slot(i), :, pl.ds(j * DEPTH + k, depth)]
+                    yield (half * HALF) // record.group + q, tile, x_ref
 
         def exact_step(i, sums):
-            s = warpgroup * slots + slot(i, slots)
-            plgpu.barrier_wait(full.at[s])
+            plgpu.barrier_wait(full.at[warpgroup * slots + slot(i, slots)])
             for j in range(c.records):
                 last = j == c.records - 1
-                tiles = decode(w_sm.at[s, j], 0)
-                if ring and j == 0:
-                    plgpu.barrier_wait(x_full.at[x_slot(i)])
 
-                def multiply(*accs, tiles=tiles, j=j, last=last):
-                    for q, (acc, tile) in enumerate(zip(accs, tiles, strict=True)):
-                        plgpu.wgmma(acc, tile.operand, x_part(i, j, q).T)
+                def products(accs, j=j, last=last):
+                    scales = {}
+                    for group, tile, x_ref in halves(i, j):
+                        adder.add(accs, group, tile.operand, x_ref)
+                        scales[group] = tile.scale
                     if last and ring:
                         refill_records(i)
-                    plgpu.wgmma_wait(0)
-                    return [acc[...] for acc in accs]
+                    adder.wait(0)
+                    return [(adder.read(acc, 0, c.bm), scales[g]) for g, acc in enumerate(accs)]
 
-                if interpret:
-                    products = [dot(t, x_part(i, j, q)) for q, t in enumerate(tiles)]
-                    if last and ring:
-                        refill_records(i)
-                else:
-                    acc = plgpu.ACC((CHANNELS, c.bm), acc_dtype)
-                    products = pl.run_scoped(multiply, *[acc] * len(tiles))
-                for product, tile in zip(products, tiles, strict=True):
-                    sums = sums + scale_rows(product.astype(jnp.float32), tile.scale)
+                for product, scale in adder.scoped(record.groups, products):
+                    sums = sums + scale_rows(product.astype(jnp.float32), scale)
             if not ring:  # the slot holds activations too, which the wgmma reads to its end
                 refill_records(i)
             release_x(i)
             return sums
 
-        def rounded_step(acc):
-            def step(i, sums):
-                s = warpgroup * slots + slot(i, slots)
-                plgpu.barrier_wait(full.at[s])
-                for j in range(c.records):
-                    for half in range(DEPTH // HALF):
-                        (tile,) = decode(w_sm.at[s, j], half)
-                        first_piece = j == 0 and half == 0
-                        if first_piece and ring:
-                            plgpu.barrier_wait(x_full.at[x_slot(i)])
-                        x_ref = x_part(i, j, half)
-                        if acc is None:
-                            sums = sums + dot(tile, x_ref)
-                        else:
-                            plgpu.wgmma(acc, tile.operand, x_ref.T)
-                            plgpu.wgmma_wait(1)
-                        if first_piece:  # every wgmma of the step before is done
-                            guarded(i > 0, lambda: release_x(i - 1))
-                refill_records(i)
-                return sums
-
-            return step
+        def rounded_step(i, accs):
+            plgpu.barrier_wait(full.at[warpgroup * slots + slot(i, slots)])
+            for j in range(c.records):
+                for half, (_, tile, x_ref) in enumerate(halves(i, j)):
+                    adder.add(accs, 0, tile.operand, x_ref)
+                    adder.wait(1)
+                    if j + half == 0:  # the step before has no wgmma under way any more
+                        pl.when(i > 0)(lambda: release_x(i - 1))
+            refill_records(i)
 
         def accumulate() -> list[jax.Array]:
             """Return the sums over this share of k in pieces [64, width]."""
-            blank = jnp.zeros((CHANNELS, c.bm), jnp.float32)
             if not rounded:
+                blank = jnp.zeros((CHANNELS, c.bm), jnp.float32)
                 if not interpret:
                     blank = plgpu.layout_cast(blank, plgpu.Layout.WGMMA)
                 return [lax.fori_loop(0, steps, exact_step, blank)]
-            if interpret:
-                sums = lax.fori_loop(0, steps, rounded_step(None), blank)
-                return [sums[:, p * width : (p + 1) * width] for p in range(pieces)]
 
-            def multiply(acc):
-                lax.fori_loop(0, steps, rounded_step(acc), zero)
-                plgpu.wgmma_wait(0)
-                return [acc[:, p * width : (p + 1) * width] for p in range(pieces)]
+            def run_steps(accs):
+                (acc,) = adder.loop(steps, rounded_step, accs)
+                adder.wait(0)
+                return [adder.read(acc, p * width, (p + 1) * width) for p in range(pieces)]
 
-            return pl.run_scoped(multiply, plgpu.ACC((CHANNELS, c.bm), jnp.float32))
+            return adder.scoped(1, run_steps)
 
         def store(sums: jax.Array, piece):
             first_token = piece * width
