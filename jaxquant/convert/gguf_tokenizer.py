@@ -185,9 +185,11 @@ def _surround(tokenizer: Any, file: Gguf, vocabulary: _Vocabulary, begins: bool)
 
     parts, special = ["$A"], []
     for role, default in (("bos", begins), ("eos", False)):
-        if not file.metadata.get(_key(f"add_{role}_token"), default):
-            continue
         number = _token_id(file, role, vocabulary)
+        # Without the flag a model's usual token is added, if the file has one.
+        usual = default and number is not None
+        if not file.metadata.get(_key(f"add_{role}_token"), usual):
+            continue
         if number is None:
             where = f"{file.path}: {_key(role)}_token_id"
             raise FormatError(where, "missing", f"add_{role}_token asks for it")
