@@ -101,9 +101,21 @@ def words_to_elements(words: np.ndarray, bits: int, count: int) -> np.ndarray:
         return octets[..., :count]
     if bits in (2, 4):
         return unpack_bits(octets, bits, -1)[..., :count]
-    stream = np.unpackbits(octets, axis=-1, bitorder="little", count=count * bits)
-    weights = (1 << np.arange(bits)).astype(np.uint8)
-    return (stream.reshape(*words.shape[:-1], count, bits) * weights).sum(-1, dtype=np.uint8)
+    # Widths that do not divide 32 repeat after 32 elements, that is after ``bits`` words.
+    periods = -(-count // 32)
+    unsigned = words.view(np.uint32)
+    short = periods * bits - words.shape[-1]
+    if short > 0:
+        unsigned = np.pad(unsigned, [(0, 0)] * (words.ndim - 1) + [(0, short)])
+    unsigned = unsigned[..., : periods * bits].reshape(*words.shape[:-1], periods, bits)
+    elements = np.empty((*words.shape[:-1], periods, 32), np.uint8)
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        element = unsigned[..., word] >> np.uint32(shift)
+        if shift + bits > 32:
+            element = element | unsigned[..., word + 1] << np.uint32(32 - shift)
+        elements[..., i] = element & np.uint32((1 << bits) - 1)
+    return elements.reshape(*words.shape[:-1], periods * 32)[..., :count]
 
 
 def elements_to_words(elements: np.ndarray, bits: int) -> np.ndarray:
