@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from jaxquant.errors import LayoutError as LayoutError
     from jaxquant.errors import PlanError as PlanError
     from jaxquant.evaluate import perplexity as perplexity
-    from jaxquant.explain import explain as explain
+    from jaxquant.explanation import explain as explain
     from jaxquant.generate import generate as generate
     from jaxquant.models import CausalLM as CausalLM
     from jaxquant.models import ModelConfig as ModelConfig
     from jaxquant.nn import Linear as Linear
     from jaxquant.nn import QWeight as QWeight
-    from jaxquant.nn import quantize_model as quantize_model
+    from jaxquant.nn.quantize import quantize_model as quantize_model
     from jaxquant.ops import Backend as Backend
     from jaxquant.ops import backend as backend
     from jaxquant.ops import grouped_matmul as grouped_matmul
@@ -55,10 +55,11 @@ _HOMES = {
         "PlanError",
     ),
     "jaxquant.evaluate": ("perplexity",),
-    "jaxquant.explain": ("explain",),
+    "jaxquant.explanation": ("explain",),
     "jaxquant.generate": ("generate",),
     "jaxquant.models": ("CausalLM", "ModelConfig"),
-    "jaxquant.nn": ("Linear", "QWeight", "quantize_model"),
+    "jaxquant.nn": ("Linear", "QWeight"),
+    "jaxquant.nn.quantize": ("quantize_model",),
     "jaxquant.ops": ("Backend", "backend", "grouped_matmul", "matmul"),
     "jaxquant.transforms.numeric": ("dequantize", "quantize"),
 }

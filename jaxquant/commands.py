@@ -29,10 +29,12 @@ def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        justify = "left" if i == 0 or column in ("format", "sample") else "right"
+        table.add_column(column, justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    # Without a terminal there is no width to fit into.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def inspect(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,157 @@
+"""What is in a checkpoint, as a table: every tensor once, with its format, shape and scales."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxquant.arrays.qtensor import QTensor
+from jaxquant.convert.plan_file import read_plan
+from jaxquant.convert.read import survey
+from jaxquant.convert.read_checkpoint import open_checkpoint
+from jaxquant.convert.read_gguf import open_gguf
+from jaxquant.convert.source import Item, open_source
+
+COLUMNS = ["tensor", "format", "shape", "bits/weight", "bytes", "scales"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One row.
+
+    Attributes:
+        name: module path of a linear, tensor name of anything else.
+        format: checkpoint format and layout; the dtype for what is no linear.
+        shape: logical shape.
+        bits: bits per weight on disk.
+        nbytes: bytes on disk.
+        scales: smallest and largest scale, None where there is none.
+        origin: checkpoint it comes from.
+    """
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    bits: float
+    nbytes: int
+    scales: tuple[float, float] | None
+    origin: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Rows and a closing line; ``as_json`` gives the same as plain data."""
+
+    entries: tuple[Entry, ...]
+    summary: str
+
+    @property
+    def columns(self) -> list[str]:
+        """Column titles."""
+        return COLUMNS
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """Cells as text."""
+        return [
+            [
+                e.name,
+                e.format,
+                "x".join(map(str, e.shape)),
+                f"{e.bits:.2f}",
+                str(e.nbytes),
+                "-" if e.scales is None else f"{e.scales[0]:.3g} .. {e.scales[1]:.3g}",
+            ]
+            for e in self.entries
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"tensors": [dataclasses.asdict(e) for e in self.entries], "summary": self.summary}
+
+
+def _bits(nbytes: int, shape: tuple[int, ...]) -> float:
+    return 8 * nbytes / max(1, int(np.prod(shape, dtype=np.int64)))
+
+
+def _scale_range(arrays: list[np.ndarray]) -> tuple[float, float] | None:
+    values = [np.asarray(a).astype(np.float32) for a in arrays if a.size]
+    if not values:
+        return None
+    return min(float(v.min()) for v in values), max(float(v.max()) for v in values)
+
+
+def _directory_entries(path: Path) -> list[Entry]:
+    contents = survey(open_checkpoint(path))
+    entries = []
+    for name, module in contents.modules.items():
+        scales = [t.read() for suffix, t in module.raw.items() if "scale" in suffix]
+        label = f"{module.format.name} {module.layout}"
+        bits = _bits(module.nbytes, module.shape)
+        row = Entry(name, label, module.shape, bits, module.nbytes, _scale_range(scales), str(path))
+        entries.append(row)
+    for name, tensor in contents.tensors.items():
+        bits = _bits(tensor.nbytes, tensor.shape)
+        entries.append(
+            Entry(name, tensor.dtype, tensor.shape, bits, tensor.nbytes, None, str(path))
+        )
+    return entries
+
+
+def _gguf_entries(path: Path) -> list[Entry]:
+    return [
+        Entry(
+            name,
+            tensor.dtype,
+            tensor.shape,
+            _bits(tensor.nbytes, tensor.shape),
+            tensor.nbytes,
+            None,
+            str(path),
+        )
+        for name, tensor in open_gguf(path).tensors.items()
+    ]
+
+
+def inspect_checkpoint(path: str | Path) -> Report:
+    """List every tensor of a checkpoint directory or ``.gguf`` file.
+
+    Raises:
+        FormatError: the checkpoint breaks its format.
+    """
+    path = Path(path)
+    entries = _gguf_entries(path) if path.suffix == ".gguf" else _directory_entries(path)
+    total = sum(e.nbytes for e in entries)
+    weights = sum(int(np.prod(e.shape, dtype=np.int64)) for e in entries)
+    summary = (
+        f"{len(entries)} tensors, {total / 2**20:.2f} MiB, {_bits(total, (weights,)):.2f} bits"
+    )
+    return Report(tuple(entries), f"{summary} per weight")
+
+
+def inspect_plan(path: str | Path, plan: str | Path) -> Report:
+    """What would be loaded from where under a mixed-precision plan; no weight is read.
+
+    Raises:
+        ConfigError, PlanError, FormatError: as loading with the plan would.
+    """
+    source = open_source(path, read_plan(plan))
+
+    def entry(name: str, item: Item) -> Entry:
+        value = item.abstract
+        quantized = isinstance(value, QTensor)
+        size = value.nbytes if quantized else value.size * value.dtype.itemsize
+        label = f"{item.format} {value.layout}" if quantized else str(value.dtype)
+        bits = _bits(size, tuple(value.shape))
+        return Entry(name, label, tuple(value.shape), bits, size, None, item.origin)
+
+    items = [*source.weights.items(), *source.arrays.items()]
+    entries = tuple(entry(name, item) for name, item in items)
+    sizes: dict[str, int] = {}
+    for e in entries:
+        sizes[e.format.split()[0]] = sizes.get(e.format.split()[0], 0) + e.nbytes
+    shown = ", ".join(f"{name} {size / 2**20:.2f} MiB" for name, size in sorted(sizes.items()))
+    return Report(entries, f"{len(entries)} tensors: {shown}")
