@@ -8,13 +8,26 @@ from typing import Any
 from jaxquant.errors import FormatError
 from jaxquant.formats.awq import AWQ
 from jaxquant.formats.base import Format
+from jaxquant.formats.bitsandbytes import BITSANDBYTES
 from jaxquant.formats.compressed_tensors import COMPRESSED_TENSORS
 from jaxquant.formats.dense import DENSE
 from jaxquant.formats.fp8 import FP8
 from jaxquant.formats.gptq import GPTQ
 from jaxquant.formats.int8 import INT8
+from jaxquant.formats.modelopt import MODELOPT
+from jaxquant.formats.qserve import QSERVE
 
-FORMATS: tuple[Format, ...] = (DENSE, FP8, INT8, GPTQ, AWQ, COMPRESSED_TENSORS)
+FORMATS: tuple[Format, ...] = (
+    DENSE,
+    FP8,
+    INT8,
+    GPTQ,
+    AWQ,
+    COMPRESSED_TENSORS,
+    MODELOPT,
+    BITSANDBYTES,
+    QSERVE,
+)
 
 
 def detect(config: Mapping[str, Any]) -> Format:

@@ -67,6 +67,9 @@ class ScaledSpec(Spec):
         act_disk: the static activation scale on disk.
         act_zero_disk: the static activation zero point on disk.
         parts: output rows of each part of a fused module whose scale has one entry a part.
+        weight: suffix of the weight.
+        nibbles: two 4-bit two's complement codes to a byte along ``in``, low nibble first.
+        pre_disk: the activation pre-scale on disk.
     """
 
     weight_dtype: str
@@ -75,6 +78,9 @@ class ScaledSpec(Spec):
     act_disk: Side | None = None
     act_zero_disk: Side | None = None
     parts: tuple[int, ...] = ()
+    weight: str = "weight"
+    nibbles: bool = False
+    pre_disk: Side | None = None
 
 
 def weight_shape(module: RawModule, suffix: str = "weight") -> tuple[int, int]:
@@ -173,9 +179,12 @@ def scaled_spec(
     zero_name: str | None = None,
     act_zero_name: str | None = None,
     parts: tuple[int, ...] = (),
+    weight_name: str = "weight",
+    nibbles: bool = False,
+    pre_name: str | None = None,
 ) -> ScaledSpec:
-    """Build the spec from the tensors' headers."""
-    weight, scale = module.need("weight"), module.need(scale_name)
+    """Build the spec from the tensors' headers; ``*_name`` are suffixes of optional tensors."""
+    weight, scale = module.need(weight_name), module.need(scale_name)
     if weight.dtype not in CODE_OF:
         raise weight.error(
             f"dtype {weight.dtype} beside {scale_name}",
@@ -190,10 +199,12 @@ def scaled_spec(
     act_disk = side(module.get(act_name) if act_name else None, act_name or "")
     act_zero = side(module.get(act_zero_name) if act_zero_name else None, act_zero_name or "")
     dtype = "float8_e8m0fnu" if scale.dtype in EXPONENT_DTYPES else numpy_dtype(scale.dtype).name
+    pre = module.get(pre_name) if pre_name else None
+    code = CODES["int4"] if nibbles else CODE_OF[weight.dtype]
     grid = CHANNEL if parts else grid
     return ScaledSpec(
         kind=kind,
-        code=CODES["uint8"] if zero else CODE_OF[weight.dtype],
+        code=CODES["uint8"] if zero else code,
         scales=(Leaf(grid, dtype),),
         zeros=(Leaf(grid, "uint8"),) if zero else (),
         affine="zero_point" if zero else "symmetric",
@@ -206,18 +217,24 @@ def scaled_spec(
         act_disk=act_disk,
         act_zero_disk=act_zero,
         parts=parts,
+        weight=weight_name,
+        nibbles=nibbles,
+        pre_disk=side(pre, pre_name or ""),
+        pre_scale=None if pre is None else numpy_dtype(pre.dtype).name,
     )
 
 
 def scaled_shape(spec: ScaledSpec, module: RawModule) -> tuple[int, int]:
     """(out, in)."""
-    return weight_shape(module)
+    out, columns = weight_shape(module, spec.weight)
+    return out, columns * 2 if spec.nibbles else columns
 
 
 def scaled_slots(spec: ScaledSpec, shape: tuple[int, int]) -> tuple[Slot, ...]:
     """The tensors that the spec was built from."""
+    columns = shape[1] // 2 if spec.nibbles else shape[1]
     slots = [
-        Slot("weight", (spec.weight_dtype,), (shape,)),
+        Slot(spec.weight, (spec.weight_dtype,), ((shape[0], columns),)),
         Slot(spec.scale.suffix, (spec.scale.dtype,), (spec.scale.shape,)),
     ]
     scalar: tuple[tuple[int, ...], ...] = ((), (1,), (1, 1))
@@ -228,6 +245,8 @@ def scaled_slots(spec: ScaledSpec, shape: tuple[int, int]) -> tuple[Slot, ...]:
         slots.append(Slot(spec.act_disk.suffix, SCALE_DTYPES, shapes))
     if spec.act_zero_disk:
         slots.append(Slot(spec.act_zero_disk.suffix, ("I8",), scalar))
+    if spec.pre_disk:
+        slots.append(Slot(spec.pre_disk.suffix, SCALE_DTYPES, ((shape[1],),)))
     return tuple(slots)
 
 
@@ -238,8 +257,10 @@ def _cells_shape(grid: Grid, shape: tuple[int, int]) -> tuple[int, int]:
 def scaled_decode(
     arrays: Mapping[str, np.ndarray], spec: ScaledSpec, shape: tuple[int, int]
 ) -> QTensor:
-    """Decode; zero-copy but for zero points."""
-    weight, scale = arrays["weight"], arrays[spec.scale.suffix]
+    """Decode; zero-copy but for zero points and nibbles."""
+    weight, scale = arrays[spec.weight], arrays[spec.scale.suffix]
+    if spec.nibbles:
+        weight = np.ascontiguousarray(weight).view(np.uint8) ^ np.uint8(0x88)
     if scale.dtype == np.uint8:
         scale = scale.view(ml_dtypes.float8_e8m0fnu)
     if spec.parts:
@@ -262,6 +283,7 @@ def scaled_decode(
         spec.layout(shape),
         act_scale=act_scale,
         act_zero=act_zero,
+        pre_scale=arrays[spec.pre_disk.suffix].reshape(1, -1) if spec.pre_disk else None,
         act=spec.act,
     )
 
@@ -270,10 +292,13 @@ def scaled_encode(q: QTensor, spec: ScaledSpec) -> dict[str, np.ndarray]:
     """The tensors as they were on disk."""
     assert q.axes == AXES
     weight, scale = np.asarray(q.data[0]), np.asarray(q.scales[0])
+    if spec.nibbles or spec.zero:
+        flipped = weight ^ np.uint8(0x88 if spec.nibbles else 0x80)
+        weight = flipped.view(numpy_dtype(spec.weight_dtype))
     if spec.parts:
         scale = scale[np.cumsum([0, *spec.parts[:-1]])]
     arrays = {
-        "weight": (weight ^ np.uint8(0x80)).view(np.int8) if spec.zero else weight,
+        spec.weight: weight,
         spec.scale.suffix: scale.view(numpy_dtype(spec.scale.dtype)).reshape(spec.scale.shape),
     }
     if spec.zero:
@@ -284,4 +309,6 @@ def scaled_encode(q: QTensor, spec: ScaledSpec) -> dict[str, np.ndarray]:
         arrays[spec.act_disk.suffix] = np.broadcast_to(act, spec.act_disk.shape)
     if spec.act_zero_disk:
         arrays[spec.act_zero_disk.suffix] = np.asarray(q.act_zero).reshape(spec.act_zero_disk.shape)
+    if spec.pre_disk:
+        arrays[spec.pre_disk.suffix] = np.asarray(q.pre_scale).reshape(-1)
     return arrays
