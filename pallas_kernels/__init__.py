@@ -3,8 +3,15 @@
 Plain arrays in, plain arrays out; only jax and numpy are needed.
 """
 
+from pallas_kernels.matmul_a8 import A8_KERNELS as A8_KERNELS
+from pallas_kernels.matmul_a8 import a8_problem as a8_problem
+from pallas_kernels.matmul_a8 import matmul_a8 as matmul_a8
 from pallas_kernels.problem import Config as Config
 from pallas_kernels.problem import Device as Device
 from pallas_kernels.problem import Kernel as Kernel
 from pallas_kernels.problem import KernelError as KernelError
 from pallas_kernels.problem import Problem as Problem
+from pallas_kernels.quantize import QUANTIZE_KERNELS as QUANTIZE_KERNELS
+from pallas_kernels.quantize import Quantized as Quantized
+from pallas_kernels.quantize import quantize as quantize
+from pallas_kernels.quantize import quantize_problem as quantize_problem

@@ -33,6 +33,7 @@ from pallas_kernels.launch import CLUSTER, GRID, WARPGROUP, launch
 from pallas_kernels.problem import Config, Kernel, Problem
 from pallas_kernels.tiles import (
     COLUMN,
+    SMEM_ALIGNMENT,
     SMEM_RESERVE,
     accumulator,
     cdiv,
@@ -74,12 +75,12 @@ class DecodeConfig(Config):
     def smem_bytes(self, problem: Problem) -> int:
         """Return the shared memory of a block, in bytes."""
         bn = CHANNELS * self.channels
-        ring = (self.bm + bn) * step_k(problem) * self.atoms
+        ring = self.stages * (self.bm + bn) * step_k(problem) * self.atoms
         if problem.x_scale == "1x128":
-            ring += round_up(self.bm * 4, 128)
+            ring += round_up(self.stages * round_up(self.bm * 4, 128), SMEM_ALIGNMENT)
         sums = (self.split - 1 + self.cluster - 1) * bn * self.bm * 4
         vectors = epilogue_of(problem, transposed=True).smem_bytes(1, self.bm, bn)
-        return self.stages * ring + sums + bn * self.bm * 2 + vectors + SMEM_RESERVE
+        return ring + sums + bn * self.bm * 2 + vectors + SMEM_RESERVE
 
     def refuses(self, problem: Problem) -> str | None:
         """Return why this config cannot run `problem`, or None."""

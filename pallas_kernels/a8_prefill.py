@@ -35,11 +35,13 @@ from pallas_kernels.launch import CLUSTER, GRID, WARPGROUP, launch
 from pallas_kernels.problem import Config, Kernel, Problem
 from pallas_kernels.tiles import (
     ROW,
+    SMEM_ALIGNMENT,
     SMEM_RESERVE,
     accumulator,
     cdiv,
     drain,
     load,
+    round_up,
     scale_rows,
     slot,
     store_tile,
@@ -75,12 +77,12 @@ class PrefillConfig(Config):
 
     def smem_bytes(self, problem: Problem) -> int:
         """Return the shared memory of a block, in bytes."""
-        ring = (self.bm + self.bn) * step_k(problem)
+        ring = self.stages * (self.bm + self.bn) * step_k(problem)
         if problem.x_scale == "1x128":
-            ring += self.bm * 4
+            ring += round_up(self.stages * self.bm * 4, SMEM_ALIGNMENT)
         staging = self.warpgroups * self.staging * 64 * STAGE * 2
         vectors = epilogue_of(problem, transposed=False).smem_bytes(1, self.bm, self.bn)
-        return self.stages * ring + staging + vectors + SMEM_RESERVE
+        return ring + staging + vectors + SMEM_RESERVE
 
     def refuses(self, problem: Problem) -> str | None:
         """Return why this config cannot run `problem`, or None."""
@@ -121,15 +123,18 @@ def _default(problem: Problem) -> PrefillConfig:
 
 
 def _candidates(problem: Problem) -> Iterator[PrefillConfig]:
-    """Yield the configs worth measuring."""
+    """Yield the configs worth measuring: wide tiles for many tokens, narrow ones for few."""
     if promotes(problem):
-        tiles = ((128, 128, 6, 2), (192, 128, 4, 3), (128, 192, 4, 2), (128, 64, 8, 2))
+        tiles = [(128, 128, 6, 2), (192, 128, 4, 3), (128, 192, 4, 2)]
+        if problem.m <= 512:
+            tiles += [(128, 64, 8, 2)]
+    elif problem.m > 512:
+        tiles = [(128, 256, 4, 2)]
     else:
-        tiles = ((128, 256, 4, 2), (128, 192, 5, 2), (128, 128, 6, 2), (128, 64, 8, 2))
-        tiles += ((256, 128, 4, 2),)
+        tiles = [(128, 256, 4, 2), (128, 192, 5, 2), (128, 128, 6, 2), (128, 64, 8, 2)]
     for bm, bn, stages, warpgroups in tiles:
         for cluster in (1, 2):
-            for group in (8, 16):
+            for group in (8, 16) if problem.m > 512 else (8,):
                 for staging in (1, 2):
                     config = PrefillConfig(
                         bm, bn, stages, warpgroups, cluster, group, staging=staging

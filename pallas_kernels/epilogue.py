@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.tiles import COLUMN, ROW, load, round_up
+from pallas_kernels.tiles import COLUMN, ROW, SMEM_ALIGNMENT, load, round_up
 
 Along = Literal["m", "n", "one"]
 
@@ -63,10 +63,11 @@ class Epilogue:
     def smem_bytes(self, slots: int, bm: int, bn: int) -> int:
         """Return the bytes that `scratch` takes."""
         extent = {"m": bm, "n": bn}
-        return sum(
+        sizes = (
             slots * round_up(extent[v.along] * jnp.dtype(v.dtype).itemsize, 128)
             for v in self.vectors
         )
+        return sum(round_up(size, SMEM_ALIGNMENT) for size in sizes)
 
     def fetch(
         self,

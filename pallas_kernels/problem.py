@@ -87,6 +87,7 @@ class Problem:
         w_scale: "none", "tensor", "channel", "<bn>x<bk>" for blocks, "g<size>" for groups along k.
         zero: layout of the zero points ("tensor", "token" or "group"); "" when there are none.
         bias: dtype name of the bias; "" when there is none.
+        fused: what the op does besides, such as "rms" or "gated" before quantizing.
         device: the GPU to run on.
     """
 
@@ -101,13 +102,18 @@ class Problem:
     w_scale: str = "none"
     zero: str = ""
     bias: str = ""
+    fused: str = ""
     device: Device = H200
 
     @property
     def kind(self) -> str:
         """Problems of one kind may use each other's tuned configs: all but sizes and device."""
-        zero = f" {self.zero} zero" if self.zero else ""
-        return f"{self.x_dtype} {self.w_dtype} {self.x_scale} {self.w_scale}{zero}"
+        parts = [self.x_dtype, self.w_dtype, self.x_scale, self.w_scale]
+        if self.op == "quantize":
+            parts = [self.x_dtype, self.out_dtype, self.x_scale]
+        if self.zero:
+            parts.append(f"{self.zero} zero")
+        return " ".join([*parts, self.fused] if self.fused else parts)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,8 @@ from pallas_kernels.problem import dtype_bits
 ROW = plgpu.Layout.WGMMA.reduce(1)
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
-# Barriers, alignment gaps and small static buffers that Mosaic adds to the scratch of a kernel.
+# Every scratch buffer starts at a multiple of this; barriers and reductions need a little besides.
+SMEM_ALIGNMENT = 1024
 SMEM_RESERVE = 1024
 
 

@@ -13,6 +13,7 @@ from jax import lax
 from pallas_kernels.a8_problem import GROUP
 from pallas_kernels.matmul_a8 import a8_problem
 from pallas_kernels.problem import Config
+from pallas_kernels.quantize import LARGEST, TINY, Quantized, ScaleLayout, quantize_problem
 
 
 def _contract(x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -73,3 +74,60 @@ def matmul_a8(
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     return y.astype(out_dtype)
+
+
+def quantize(
+    x: jax.Array,
+    *,
+    dtype: jax.typing.DTypeLike,
+    layout: ScaleLayout,
+    scale: jax.Array | None = None,
+    zero: jax.Array | None = None,
+    symmetric: bool = True,
+    rms_weight: jax.Array | None = None,
+    rms_epsilon: float = 1e-6,
+    gated: bool = False,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> Quantized:
+    """Quantize activations, after RMSNorm or a gate where asked.
+
+    The contract is that of `pallas_kernels.quantize`, for any K (a last group may be partial).
+    """
+    del config, interpret
+    problem = quantize_problem(
+        x,
+        dtype=dtype,
+        layout=layout,
+        scale=scale,
+        zero=zero,
+        symmetric=symmetric,
+        rms_weight=rms_weight,
+        gated=gated,
+    )
+    m, k, largest = problem.m, problem.k, LARGEST[problem.out_dtype]
+    x = x.astype(jnp.float32)
+    if gated:
+        x = jax.nn.silu(x[:, :k]) * x[:, k:]
+    if rms_weight is not None:
+        mean_square = jnp.mean(x * x, axis=1, keepdims=True)
+        x = x * lax.rsqrt(mean_square + rms_epsilon) * rms_weight.astype(jnp.float32)
+    if layout == "1x128":
+        groups = jnp.pad(jnp.abs(x), ((0, 0), (0, -k % GROUP))).reshape(m, -1, GROUP)
+        spread = scale = jnp.maximum(groups.max(2), TINY) / largest
+        spread = jnp.repeat(spread, GROUP, axis=1)[:, :k]
+        scale = jnp.pad(scale.T, ((0, 0), (0, -m % 4)))
+    elif not symmetric:
+        low = jnp.minimum(x.min(1, keepdims=True), 0)
+        high = jnp.maximum(x.max(1, keepdims=True), 0)
+        spread = scale = jnp.maximum(high - low, TINY) / (2 * largest + 1)
+        zero = jnp.round(-largest - 1 - low / scale).astype(jnp.int32)
+    elif scale is None:
+        spread = scale = jnp.maximum(jnp.abs(x).max(1, keepdims=True), TINY) / largest
+    else:
+        spread = scale
+    x = x / spread
+    if problem.out_dtype == "int8":
+        x = jnp.round(x) if zero is None else jnp.round(x) + zero
+    x = jnp.clip(x, -largest if zero is None else -largest - 1, largest)
+    return Quantized(x.astype(dtype), scale, zero)

@@ -14,6 +14,7 @@ from pallas_kernels import xla
 from pallas_kernels.bench import shapes
 from pallas_kernels.matmul_a8 import A8_KERNELS, a8_problem, matmul_a8
 from pallas_kernels.problem import Config, Kernel, Problem
+from pallas_kernels.quantize import QUANTIZE_KERNELS, ScaleLayout, quantize, quantize_problem
 
 Operands = dict[str, Any]
 
@@ -92,6 +93,41 @@ def _a8_case(name: str, dtype: Any, blocked: bool, rate: float, peers: tuple[str
     )
 
 
+def _quantize_operands(fused: str, m: int, n: int, k: int, seed: int) -> Operands:
+    del n
+    keys = jax.random.split(jax.random.key(seed))
+    width = k * (2 if fused == "gated" else 1)
+    operands = {"x": jax.random.normal(keys[0], (m, width), jnp.bfloat16)}
+    if fused == "rms":
+        operands["rms_weight"] = jax.random.uniform(keys[1], (k,), jnp.bfloat16, 0.5, 2)
+    return operands
+
+
+def _quantize_case(name: str, layout: ScaleLayout, fused: str, peers: tuple[str, ...]) -> Case:
+    options = {"dtype": jnp.float8_e4m3fn, "layout": layout, "gated": fused == "gated"}
+
+    def work(m: int, n: int, k: int) -> tuple[float, float]:
+        del n
+        scales = m * 4 if layout == "token" else m * k / 128 * 4
+        return 1.0, m * k * (5 if fused == "gated" else 3) + scales
+
+    return Case(
+        name=name,
+        op="quantize",
+        kernels=QUANTIZE_KERNELS,
+        operands=jax.jit(functools.partial(_quantize_operands, fused), static_argnums=(0, 1, 2)),
+        call=lambda operands, config: quantize(**operands, **options, config=config).codes,
+        reference=lambda operands: xla.quantize(**operands, **options).codes,
+        problem=lambda operands: quantize_problem(**operands, **options),
+        # A product near the middle of two codes may round either way.
+        tolerance=6e-3,
+        sizes=shapes.QUANTIZE,
+        work=work,
+        rate=1e18,
+        peers=peers,
+    )
+
+
 # Ceilings: what the best large product was seen to reach on an H200 (power limits both).
 CASES: tuple[Case, ...] = (
     _a8_case(
@@ -109,4 +145,10 @@ CASES: tuple[Case, ...] = (
         1.55e15,
         ("torch fp8 block", "vllm cutlass fp8 blk", "DeepGEMM fp8 blk"),
     ),
+    _quantize_case("quantize_token", "token", "", ("vllm fp8 token",)),
+    _quantize_case("quantize_1x128", "1x128", "", ("vllm fp8 1x128",)),
+    _quantize_case("quantize_token_rms", "token", "rms", ("vllm rms fp8 token",)),
+    _quantize_case("quantize_1x128_rms", "1x128", "rms", ()),
+    _quantize_case("quantize_token_gated", "token", "gated", ()),
+    _quantize_case("quantize_1x128_gated", "1x128", "gated", ()),
 )

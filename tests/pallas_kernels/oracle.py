@@ -54,3 +54,23 @@ def rounding(dtype) -> float:
 def float8(x, dtype="float8_e4m3fn") -> np.ndarray:
     """Round to a float8 type on the host."""
     return np.asarray(x).astype(getattr(ml_dtypes, dtype))
+
+
+def fused(x, rms_weight=None, rms_epsilon=1e-6, gated=False) -> np.ndarray:
+    """Return what `pallas_kernels.quantize` quantizes: x, RMSNorm(x) or silu(gate) * up."""
+    x = _float64(x)
+    if gated:
+        gate, up = np.split(x, 2, axis=1)
+        return gate / (1 + np.exp(-gate)) * up
+    if rms_weight is not None:
+        mean_square = np.mean(x**2, axis=1, keepdims=True)
+        return x / np.sqrt(mean_square + rms_epsilon) * _float64(rms_weight)
+    return x
+
+
+def largest_step(values, scale, dtype) -> np.ndarray:
+    """Return the largest error that rounding to codes of a type may make, for each value."""
+    if np.dtype(dtype).name == "int8":
+        return np.broadcast_to(scale / 2, values.shape)
+    spacing = 2.0 ** np.maximum(np.floor(np.log2(np.abs(values / scale) + 1e-300)) - 3, -9)
+    return scale * spacing / 2

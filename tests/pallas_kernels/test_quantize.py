@@ -1,0 +1,206 @@
+"""quantize against float64: under the interpreter, as XLA, on a GPU, and lowered to CUDA."""
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from pallas_kernels import KernelError, xla
+from pallas_kernels.problem import H200
+from pallas_kernels.quantize import QUANTIZE_KERNELS, quantize, quantize_problem
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One problem, in the words of the op's contract."""
+
+    m: int
+    k: int = 1024
+    dtype: str = "float8_e4m3fn"
+    layout: str = "token"
+    fused: str = ""
+    asymmetric: bool = False
+    x: str = "bfloat16"
+
+    def __str__(self) -> str:
+        parts = (self.dtype, self.layout, self.fused, "asymmetric" * self.asymmetric, self.x)
+        return f"{self.m}x{self.k}-" + "-".join(part for part in parts if part)
+
+    @property
+    def options(self) -> dict:
+        """Return the keyword arguments that are no arrays."""
+        return {
+            "dtype": jnp.dtype(self.dtype),
+            "layout": self.layout,
+            "gated": self.fused == "gated",
+            "symmetric": not (self.asymmetric and self.layout == "token"),
+        }
+
+    def operands(self, seed: int = 0) -> dict[str, jax.Array]:
+        """Return random operands; rows differ in amplitude by up to e to the fourth."""
+        rng = np.random.default_rng(seed)
+        width = self.k * (2 if self.fused == "gated" else 1)
+        x = rng.standard_normal((self.m, width)) * np.exp(rng.uniform(-2, 2, (self.m, 1)))
+        operands = {"x": jnp.asarray(x, self.x)}
+        if self.fused == "rms":
+            operands["rms_weight"] = jnp.asarray(rng.uniform(0.5, 2, self.k), self.x)
+        if self.layout == "tensor":
+            operands["scale"] = jnp.full((1, 1), 0.02, jnp.float32)
+            if self.asymmetric:
+                operands["zero"] = jnp.full((1, 1), -17, jnp.int32)
+        return operands
+
+
+SMALL = dataclasses.replace(H200, sms=1, smem=30 * 1024)
+FUSED = ("", "rms", "gated")
+CASES = (
+    *(
+        Case(0, dtype=dtype, layout=layout, fused=fused)
+        for dtype in ("float8_e4m3fn", "int8")
+        for layout in ("token", "1x128", "tensor")
+        for fused in FUSED
+    ),
+    Case(0, dtype="int8", asymmetric=True),
+    Case(0, dtype="int8", asymmetric=True, layout="tensor", fused="rms"),
+    Case(0, k=1536, layout="1x128"),
+    Case(0, k=512, x="float16", dtype="int8", fused="gated"),
+    Case(0, x="float32", fused="rms", layout="1x128"),
+)
+
+
+def worst_step(case: Case, operands: dict, got) -> float:
+    """Return the largest error, in steps between codes (a half is the best there is)."""
+    codes, scale, zero = (None if a is None else np.asarray(a) for a in got)
+    assert codes.dtype == case.options["dtype"] and codes.shape == (case.m, case.k)
+    arrays = {key: operands[key] for key in ("x", "rms_weight") if key in operands}
+    want = oracle.fused(**arrays, gated=case.fused == "gated")
+    if case.layout == "1x128":
+        spread = np.repeat(scale.astype(np.float64).T[: case.m], 128, axis=1)[:, : case.k]
+    else:
+        spread = np.broadcast_to(scale.astype(np.float64), want.shape)
+    value = (codes.astype(np.float64) - (0 if zero is None else zero)) * spread
+    if case.layout == "tensor":
+        top = 448 if case.dtype == "float8_e4m3fn" else 127
+        low = -128 - zero if zero is not None else -top
+        want = np.clip(want, low * spread, (top - (0 if zero is None else zero)) * spread)
+    return float((np.abs(value - want) / (2 * oracle.largest_step(want, spread, case.dtype))).max())
+
+
+def check(case: Case, got, operands: dict) -> None:
+    """Half a step, and a little for float32 arithmetic before the rounding."""
+    assert worst_step(case, operands, got) < 0.51
+    if case.layout == "token" and not case.asymmetric:
+        top = np.abs(np.asarray(got.codes, np.float32)).max(1)
+        assert (top >= (448 if case.dtype == "float8_e4m3fn" else 127)).all()
+
+
+def with_tokens(m: int) -> list[Case]:
+    """Return all cases at a number of tokens."""
+    return [dataclasses.replace(case, m=m) for case in CASES]
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("case", with_tokens(5), ids=str)
+def test_interpreted(interpret, case, monkeypatch):
+    # Few blocks, so that a block has several rows and its ring of slots turns.
+    module = sys.modules["pallas_kernels.quantize"]  # the attribute of that name is the function
+    monkeypatch.setattr(module, "current_device", lambda: SMALL)
+    quantize.clear_cache()
+    operands = case.operands()
+    check(case, interpret(quantize, **operands, **case.options), operands)
+
+
+@pytest.mark.parametrize("m", [1, 13])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_xla(case, m):
+    case = dataclasses.replace(case, m=m)
+    operands = case.operands()
+    check(case, xla.quantize(**operands, **case.options), operands)
+
+
+def test_xla_takes_any_width():
+    case = Case(3, k=200, layout="1x128")
+    operands = case.operands()
+    assert worst_step(case, operands, xla.quantize(**operands, **case.options)) < 0.51
+
+
+@pytest.mark.parametrize("layout", ["token", "1x128"])
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
+def test_wrong_scales_are_noticed(layout, dtype):
+    """Negative control: codes with the scales of a neighbour."""
+    case = Case(12, dtype=dtype, layout=layout)
+    operands = case.operands()
+    got = xla.quantize(**operands, **case.options)
+    axis = 1 if layout == "1x128" else 0
+    assert worst_step(case, operands, got._replace(scale=jnp.roll(got.scale, 1, axis))) > 2
+
+
+@pytest.mark.parametrize("fused", FUSED)
+def test_a_forgotten_fusion_is_noticed(fused):
+    """Negative control: what is quantized is not what was asked for."""
+    other = "gated" if fused != "gated" else ""
+    case = Case(13, fused=fused, dtype="int8")
+    wrong = dataclasses.replace(case, fused=other)
+    got = xla.quantize(**wrong.operands(), **wrong.options)
+    assert worst_step(case, case.operands(), got) > 2
+
+
+def test_zeros_stay_zeros():
+    got = xla.quantize(jnp.zeros((2, 512)), dtype=jnp.int8, layout="token")
+    assert (np.asarray(got.codes) == 0).all() and np.isfinite(np.asarray(got.scale)).all()
+
+
+@pytest.mark.parametrize("m", [1, 200])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_lowers_to_cuda(lower, case, m):
+    case = dataclasses.replace(case, m=m)
+    assert "mosaic_gpu" in lower(lambda o: quantize(**o, **case.options), case.operands())
+
+
+@pytest.mark.parametrize("k", [4096, 14336])
+def test_every_candidate_lowers_to_cuda(lower, k):
+    case = Case(1024, k=k, fused="gated")
+    operands = {"x": jax.ShapeDtypeStruct((case.m, 2 * k), jnp.bfloat16)}
+    problem = quantize_problem(**operands, **case.options)
+    for config in QUANTIZE_KERNELS[0].candidates(problem):
+        assert "mosaic_gpu" in lower(
+            lambda o, config=config: quantize(**o, **case.options, config=config), operands
+        )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layout": "tensor"},
+        {"dtype": jnp.dtype("int4")},
+        {"symmetric": False},
+        {"scale": jnp.ones((1, 1))},
+        {"rms_weight": jnp.ones((3,))},
+        {"zero": jnp.ones((1, 1), jnp.int32)},
+    ],
+    ids=str,
+)
+def test_options_that_break_the_contract(changes):
+    with pytest.raises(KernelError):
+        quantize(**{**Case(4).operands(), **Case(4).options, **changes})
+
+
+def test_refused_width():
+    with pytest.raises(KernelError, match="multiple of 512"):
+        quantize(**Case(4, k=640).operands(), **Case(4, k=640).options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 13, 3000])
+@pytest.mark.parametrize("k", [0, 4096, 14336])
+def test_gpu(m, k):
+    for case in CASES:
+        case = dataclasses.replace(case, m=m, k=k or case.k)
+        if k == 14336 and case.x == "float32":
+            continue
+        operands = case.operands()
+        check(case, jax.device_get(quantize(**operands, **case.options)), operands)
