@@ -65,16 +65,19 @@ def scan_object(buffer: Any, where: str, start: int, stop: int) -> Iterator[tupl
         )
 
 
-def _unique(where: str):
-    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-            raise FormatError(where, f"key {twice!r} twice in one JSON object", "keys are unique")
-        return made
+class _DuplicateKey(Exception):
+    """A key that occurs twice in one JSON object."""
 
-    return build
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        raise _DuplicateKey(next(key for key, _ in pairs if key in seen or seen.add(key)))
+    return made
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def parse(text: bytes, where: str) -> Any:
@@ -84,9 +87,13 @@ def parse(text: bytes, where: str) -> Any:
         FormatError: not UTF-8 JSON, nested too deep, or with a duplicate key.
     """
     try:
-        return json.loads(text.decode(), object_pairs_hook=_unique(where))
-    except FormatError:
-        raise
+        if text[:1] == b'"' and b"\\" not in text:
+            return text[1:-1].decode()
+        return _DECODER.decode(text.decode())
+    except _DuplicateKey as error:
+        raise FormatError(
+            where, f"key {error.args[0]!r} twice in one JSON object", "keys are unique"
+        ) from None
     except RecursionError:
         raise FormatError(where, "JSON nested too deep", "a few levels") from None
     except ValueError as error:

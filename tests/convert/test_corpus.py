@@ -21,6 +21,8 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 CORPUS = os.environ.get("JAXQUANT_CORPUS")
 # Two float32 factors multiply in another order than in the peer's code, or a reciprocal is rounded.
 LAST_BIT = ("nvfp4",)
+# The multiplier of a stored reciprocal has several reciprocals; nested scales are written plain.
+NOT_REVERSIBLE = ("nvfp4", "bnb-nf4-dq")
 
 
 def folders(root):
@@ -77,7 +79,11 @@ def test_every_tensor_is_on_one_side(folder):
     assert not set(claimed) & set(contents.tensors)
 
 
-@pytest.mark.parametrize("folder", folders(GOLDEN), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "folder",
+    [f for f in folders(GOLDEN) if not any(word in f.name for word in NOT_REVERSIBLE)],
+    ids=lambda p: p.name,
+)
 def test_encoding_gives_the_bytes_of_the_file(folder):
     module = next(
         m for m in survey(open_checkpoint(folder)).modules.values() if m.format.name != "dense"
