@@ -44,6 +44,18 @@ class DecoderLayer(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _layer(
+    graph: nnx.GraphDef[DecoderLayer],
+    state: nnx.State,
+    x: jax.Array,
+    step: Step,
+    cache: Entries | None,
+) -> tuple[jax.Array, Entries | None]:
+    """One layer as a function of its own: layers that differ in values only are traced once."""
+    return nnx.merge(graph, state)(x, step, cache)
+
+
 class Decoder(nnx.Module):
     """Embedding, layers, final norm."""
 
@@ -67,7 +79,8 @@ class Decoder(nnx.Module):
         step = Step.at(self.config.rope, positions)
         entries = []
         for i, layer in enumerate(self.layers):
-            x, entry = layer(x, step, None if cache is None else cache.layers[i])
+            graph, state = nnx.split(layer)
+            x, entry = _layer(graph, state, x, step, None if cache is None else cache.layers[i])
             entries.append(entry)
         return self.norm(x), None if cache is None else Cache(tuple(entries))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -21,6 +22,9 @@ MASKED = -1e30
 Entries = tuple[QTensor, QTensor]
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("positions", "cos", "sin"), meta_fields=()
+)
 @dataclasses.dataclass(frozen=True)
 class Step:
     """What every layer of one forward pass shares.
