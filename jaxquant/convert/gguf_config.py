@@ -64,6 +64,13 @@ class _Reader:
             raise self.error(f"{self.arch}.{key}", repr(value), "a whole number of at least 0")
         return int(value)
 
+    def size(self, key: str, default: int | None = None) -> int:
+        """A whole number of at least 1."""
+        value = self.int(key, default)
+        if not value:
+            raise self.error(f"{self.arch}.{key}", "0", "at least 1")
+        return value
+
     def has(self, key: str) -> bool:
         return f"{self.arch}.{key}" in self.file.metadata
 
@@ -92,7 +99,11 @@ def family_of(file: Gguf) -> str:
 def layer_count(file: Gguf) -> int:
     """Layers of the model proper, without those for multi-token prediction."""
     read = _Reader(file)
-    return read.int("block_count") - read.int("nextn_predict_layers", 0)
+    layers = read.int("block_count") - read.int("nextn_predict_layers", 0)
+    if not 0 < layers <= len(file.tensors):
+        rule = "at least one, and no more than the file has tensors"
+        raise read.error(f"{read.arch}.block_count", f"{layers} layers", rule)
+    return layers
 
 
 def config_of(file: Gguf) -> dict[str, Any]:
@@ -105,9 +116,7 @@ def config_of(file: Gguf) -> dict[str, Any]:
     """
     family = family_of(file)
     read = _Reader(file)
-    heads, hidden = read.int("attention.head_count"), read.int("embedding_length")
-    if not heads or not hidden:
-        raise read.error(f"{read.arch}.attention.head_count", f"{heads} heads", "at least 1")
+    heads, hidden = read.size("attention.head_count"), read.size("embedding_length")
     embedding = file.tensor("token_embd.weight")
     config: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[family]],
@@ -118,7 +127,7 @@ def config_of(file: Gguf) -> dict[str, Any]:
         "intermediate_size": read.int("feed_forward_length"),
         "num_hidden_layers": layer_count(file),
         "num_attention_heads": heads,
-        "num_key_value_heads": read.int("attention.head_count_kv", heads),
+        "num_key_value_heads": read.size("attention.head_count_kv", heads),
         "rms_norm_eps": read.number("attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": read.int("context_length"),
         "hidden_act": "silu",

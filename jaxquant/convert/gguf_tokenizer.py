@@ -135,7 +135,7 @@ def _byte_level(file: Gguf, vocabulary: _Vocabulary) -> Any:
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
     pre = file.metadata.get(_key("pre"), "gpt-2")
-    if pre not in _SPLITS:
+    if not isinstance(pre, str) or pre not in _SPLITS:
         raise FormatError(
             f"{file.path}: {_key('pre')}",
             repr(pre)[:60],
@@ -216,9 +216,10 @@ def read_tokenizer(file: Gguf) -> GgufTokenizer:
     metadata = file.metadata
     kind = metadata.get(_key("model"))
     builders = {"gpt2": _byte_level, "llama": _sentence_piece}
-    if kind not in builders:
+    if not isinstance(kind, str) or kind not in builders:
         rule = "byte-level BPE (gpt2) and SentencePiece BPE (llama) are rebuilt"
-        found = "no tokenizer" if kind in (None, "none", "no_vocab") else repr(kind)[:60]
+        none = kind is None or (isinstance(kind, str) and kind in ("none", "no_vocab"))
+        found = "no tokenizer" if none else repr(kind)[:60]
         action = "put the original tokenizer.json beside the file"
         raise FormatError(f"{file.path}: {_key('model')}", found, rule, action)
     vocabulary = _vocabulary(file)
@@ -233,7 +234,7 @@ def read_tokenizer(file: Gguf) -> GgufTokenizer:
     tokenizer.add_special_tokens([added(t, normalized=False, special=True) for t in control])
     own = vocabulary.with_kind(_USER_DEFINED)
     tokenizer.add_tokens([added(t, normalized=False) for t in own])
-    begins = kind == "llama" or metadata.get(_key("pre")) in _LLAMA3_NAMES
+    begins = kind == "llama" or metadata.get(_key("pre"), "") in _LLAMA3_NAMES
     _surround(tokenizer, file, vocabulary, begins)
     special = _special_tokens(file, vocabulary)
     template = metadata.get("tokenizer.chat_template")

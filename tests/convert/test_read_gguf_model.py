@@ -409,10 +409,13 @@ def test_rope_divisors_of_llama3(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"attention__head_count": 0}, "0 heads"),
+        ({"attention__head_count": 0}, "0; at least 1"),
+        ({"attention__head_count_kv": 0}, "0; at least 1"),
         ({"attention__layer_norm_rms_epsilon": float("nan")}, "nan"),
         ({"feed_forward_length": 2.5}, "whole number"),
         ({"context_length": True}, "True"),
+        ({"block_count": (1 << 31) - 1}, "2147483647 layers"),
+        ({"block_count": 0}, "0 layers"),
         ({"attention__head_count": 3, "attention__head_count_kv": 3}, "rows for 3 heads"),
     ],
 )
