@@ -25,6 +25,7 @@ def _dtype(name: str) -> Any:
 
 
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
@@ -32,7 +33,7 @@ def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         justify = "left" if i == 0 or column in ("format", "sample") else "right"
         table.add_column(column, justify=justify, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     # Without a terminal there is no width to fit into.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 

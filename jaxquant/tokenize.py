@@ -62,6 +62,16 @@ class Tokenizer:
         }
         return cls(backend, template, special)
 
+    def save(self, path: str | Path) -> None:
+        """Write ``tokenizer.json`` and what else :meth:`from_directory` reads into a directory."""
+        folder = Path(path)
+        self._backend.save(str(folder / "tokenizer.json"))
+        settings: dict[str, Any] = dict(self.special)
+        if self.chat_template is not None:
+            settings["chat_template"] = self.chat_template
+        text = json.dumps(settings, indent=1, ensure_ascii=False)
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of ``text``; ``special`` adds what the tokenizer puts around a text."""
         return self._backend.encode(text, add_special_tokens=special).ids

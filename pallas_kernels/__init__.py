@@ -6,6 +6,16 @@ Plain arrays in, plain arrays out; only jax and numpy are needed.
 from pallas_kernels.matmul_a8 import A8_KERNELS as A8_KERNELS
 from pallas_kernels.matmul_a8 import a8_problem as a8_problem
 from pallas_kernels.matmul_a8 import matmul_a8 as matmul_a8
+from pallas_kernels.matmul_a16 import A16_KERNELS as A16_KERNELS
+from pallas_kernels.matmul_a16 import a16_problem as a16_problem
+from pallas_kernels.matmul_a16 import matmul_a16 as matmul_a16
+from pallas_kernels.matmul_w4a8 import W4A8_KERNELS as W4A8_KERNELS
+from pallas_kernels.matmul_w4a8 import matmul_w4a8 as matmul_w4a8
+from pallas_kernels.matmul_w4a8 import w4a8_problem as w4a8_problem
+from pallas_kernels.prepack import Plain as Plain
+from pallas_kernels.prepack import Prepacked as Prepacked
+from pallas_kernels.prepack import prepack as prepack
+from pallas_kernels.prepack import unpack as unpack
 from pallas_kernels.problem import Config as Config
 from pallas_kernels.problem import Device as Device
 from pallas_kernels.problem import Kernel as Kernel

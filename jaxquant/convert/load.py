@@ -15,9 +15,11 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxquant.convert.gguf_tokenizer import read_tokenizer
 from jaxquant.convert.placement import placer
 from jaxquant.convert.plan_file import read_plan
 from jaxquant.convert.progress import byte_progress
+from jaxquant.convert.read_gguf import open_gguf
 from jaxquant.convert.report import make_report
 from jaxquant.convert.save import is_saved, load_saved
 from jaxquant.convert.source import Item, open_source
@@ -122,6 +124,16 @@ def from_pretrained(
         ):
             model = build_model(source.config, weights, arrays, dtype=dtype, load=load, place=place)
         model.report = make_report(source)
-    if (path / "tokenizer.json").is_file():
-        model.tokenizer = Tokenizer.from_directory(path)
+    model.tokenizer = _tokenizer(path)
     return model
+
+
+def _tokenizer(path: Path) -> Tokenizer | None:
+    """The checkpoint's tokenizer, None where it has none."""
+    if path.suffix == ".gguf":
+        file = open_gguf(path)
+        if file.metadata.get("tokenizer.ggml.model") in (None, "none", "no_vocab"):
+            return None
+        found = read_tokenizer(file)
+        return Tokenizer(found.backend, found.chat_template, found.special)
+    return Tokenizer.from_directory(path) if (path / "tokenizer.json").is_file() else None

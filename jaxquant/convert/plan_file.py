@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 from jaxquant.arrays.scheme import Scheme
-from jaxquant.errors import ConfigError, PlanError
+from jaxquant.errors import ConfigError
 
 PRECISIONS = ("fp16", "fp8", "int8", "int4", "gptq_int4", "awq_int4")
 BASE = "base"
@@ -186,11 +186,11 @@ def target_names(module: str) -> tuple[str, ...]:
     return names
 
 
-def resolve(plan: PrecisionPlan, modules: Iterable[str]) -> dict[str, str]:
+def resolve(plan: PrecisionPlan, modules: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """Give every module its precision; modules that nothing maps get "base".
 
-    Raises:
-        PlanError: listing every key that matches no weight and every tie.
+    Returns:
+        module -> precision, and a message for every key that matches no weight and every tie.
     """
     exact = {p: v for p, v in plan.mapping.items() if _compile(plan.file, p) is None}
     patterns = [
@@ -225,9 +225,7 @@ def resolve(plan: PrecisionPlan, modules: Iterable[str]) -> dict[str, str]:
     for pattern in plan.mapping:
         if pattern not in used:
             problems.append(_unused(pattern, modules))
-    if problems:
-        raise PlanError(plan.file, problems, "correct the plan's weight_mapping")
-    return chosen
+    return chosen, problems
 
 
 def _unused(pattern: str, modules: Iterable[str]) -> str:

@@ -20,6 +20,7 @@ from jaxquant.convert.names import canonical, ignored
 from jaxquant.convert.plan_file import BASE, PrecisionPlan, resolve
 from jaxquant.convert.read import QuantizedModule, survey
 from jaxquant.convert.read_checkpoint import open_checkpoint
+from jaxquant.convert.read_kv import is_kv_scale, kv_scales
 from jaxquant.errors import PlanError
 from jaxquant.formats.base import RawTensor, numpy_dtype
 from jaxquant.models import ModelConfig
@@ -79,17 +80,23 @@ def _array_item(tensor: RawTensor, origin: str) -> Item:
     return Item(shape, tensor.read, tensor.nbytes, "array", origin)
 
 
+def _loaded_item(value: np.ndarray, origin: str) -> Item:
+    shape = jax.ShapeDtypeStruct(value.shape, value.dtype)
+    return Item(shape, lambda: value, value.nbytes, "array", origin)
+
+
 def _directory_source(path: Path) -> ModelSource:
     checkpoint = open_checkpoint(path)
     config = ModelConfig.from_hf(checkpoint.config)
     contents = survey(checkpoint)
+    tensors = {n: t for n, t in contents.tensors.items() if not is_kv_scale(n)}
     weights: dict[str, Item] = {}
     arrays: dict[str, Item] = {}
     left_out: dict[str, str] = {}
     problems = []
     for table, pieces in (
         (weights, ((n, _module_item(m, str(path))) for n, m in contents.modules.items())),
-        (arrays, ((n, _array_item(t, str(path))) for n, t in contents.tensors.items())),
+        (arrays, ((n, _array_item(t, str(path))) for n, t in tensors.items())),
     ):
         for name, item in pieces:
             known = canonical(name)
@@ -100,6 +107,12 @@ def _directory_source(path: Path) -> ModelSource:
                 problems.append(f"{name}: a second tensor for {known}")
             else:
                 table[known] = item
+    for layer, scales in kv_scales(checkpoint).items():
+        for part, value in (("k", scales.k), ("v", scales.v)):
+            arrays[f"{canonical(layer)}.{part}_scale"] = _loaded_item(value, str(path))
+        for part, value in (("q", scales.q), ("prob", scales.prob)):
+            if value is not None:
+                left_out[f"{layer}.{part}_scale"] = "queries and attention weights stay unquantized"
     if problems:
         raise PlanError(str(path), problems, "two names of the checkpoint mean the same weight")
     if config.tied and "lm_head" in weights and weights["lm_head"].format == "dense":
@@ -185,8 +198,8 @@ def _smoothing_problems(
             if module.split(".")[-1] in projections and "shared" not in module:
                 norms.setdefault(f"{layer}.{norm}.weight", module)
     return [
-        f"{module}: {precision}'s {norm} differs from the base's, so its weights were scaled to fit "
-        "another norm (AWQ and SmoothQuant do that)"
+        f"{module}: {precision}'s {norm} differs from the base's, so its weights were scaled to "
+        "fit another norm (AWQ and SmoothQuant do that)"
         for norm, module in norms.items()
         if norm in base.arrays
         and norm in other.arrays
@@ -200,8 +213,7 @@ def _planned_source(opened: ModelSource, plan: PrecisionPlan) -> ModelSource:
         if path.resolve() not in sources:
             sources[path.resolve()] = open_source(path)
     base = sources[plan.sources[BASE].resolve()]
-    chosen = resolve(plan, base.weights)
-    problems: list[str] = []
+    chosen, problems = resolve(plan, base.weights)
     weights: dict[str, Item] = {}
     arrays = dict(base.arrays)
     taken: dict[str, list[str]] = {}

@@ -60,7 +60,10 @@ def from_json(data: Any, where: str) -> Any:
     if cls is None:
         known = ", ".join(_CLASSES)
         raise FormatError(
-            where, f"a description of {name!r} {fields.get('name', '')}", f"known: {known}"
+            where,
+            f"a description of {name!r} {fields.get('name', '')}",
+            f"known: {known}",
+            "convert the checkpoint again with this version",
         )
     expected = {f.name for f in dataclasses.fields(cls)}
     if set(fields) != expected:

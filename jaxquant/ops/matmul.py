@@ -7,10 +7,11 @@ import jax
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.errors import LayoutError
 from jaxquant.ops.backend import Backend, resolve
+from jaxquant.ops.prepared import Prepared
 from jaxquant.ops.select import run_matmul
 
 
-def matmul(x: jax.Array, q: QTensor, *, backend: Backend | None = None) -> jax.Array:
+def matmul(x: jax.Array, q: QTensor | Prepared, *, backend: Backend | None = None) -> jax.Array:
     """Multiply activations with a weight in any layout.
 
     Activations are quantized first as ``q.act`` says (not at all, per token, per group, static).

@@ -189,7 +189,7 @@ def _quantize(w: jax.Array, scheme: Scheme) -> QTensor:
         blocks = blocks + zero * scale
         zeros = (zero[..., 0, :, 0].astype(code.storage),)
     else:
-        # Integer codes reach one further below zero than above; use it where the extreme is negative.
+        # Integer codes reach one further down than up: use it where the extreme is negative.
         low = -jnp.min(blocks, axis=(-3, -1), keepdims=True) / -code.min
         high = jnp.max(blocks, axis=(-3, -1), keepdims=True) / code.max
         widest = jnp.maximum(low, high)

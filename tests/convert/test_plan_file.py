@@ -5,7 +5,7 @@ import time
 import pytest
 
 from jaxquant.convert.plan_file import read_plan, resolve, target_names
-from jaxquant.errors import ConfigError, PlanError
+from jaxquant.errors import ConfigError
 
 MODULES = [
     f"model.layers.{layer}.{name}"
@@ -34,7 +34,8 @@ def test_the_most_specific_key_wins(tmp_path):
         "model.layers.0.mlp.experts.2.w2_weight": "w4a16_g32",
         "re:model.layers.1.self_attn.[qk]_proj.weight": "fp8",
     }
-    chosen = resolve(plan_of(tmp_path, mapping), MODULES)
+    chosen, problems = resolve(plan_of(tmp_path, mapping), MODULES)
+    assert not problems
     assert chosen["model.layers.1.mlp.experts.0.up_proj"] == "fp8"
     assert chosen["model.layers.0.mlp.experts.0.up_proj"] == "gptq_int4"
     assert chosen["model.layers.0.mlp.experts.2.down_proj"] == "w4a16_g32"
@@ -61,12 +62,11 @@ def test_all_problems_come_together(tmp_path):
         "model.layers.0.self_attn.?_proj.weight": "fp8",
         "model.layers.0.self_attn.q*proj.weight": "gptq_int4",
     }
-    with pytest.raises(PlanError) as caught:
-        resolve(plan_of(tmp_path, mapping), MODULES)
-    text = "\n".join(caught.value.problems)
+    _, problems = resolve(plan_of(tmp_path, mapping), MODULES)
+    text = "\n".join(problems)
     assert "no expert 9" in text and "0 to 3" in text
     assert "layers.7" in text and "matches no weight" in text
-    assert "equally specific" in text and len(caught.value.problems) == 3
+    assert "equally specific" in text and len(problems) == 3
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,8 @@ def test_a_plan_for_235b_resolves_quickly(tmp_path):
     }
     mapping |= {f"model.layers.*.mlp.experts.{e}.w2_weight": "gptq_int4" for e in range(40)}
     started = time.monotonic()
-    chosen = resolve(plan_of(tmp_path, mapping), names)
+    chosen, problems = resolve(plan_of(tmp_path, mapping), names)
+    assert not problems
     assert time.monotonic() - started < 10
     assert sum(v == "fp8" for v in chosen.values()) == 94 * 64 * 2
     assert sum(v == "gptq_int4" for v in chosen.values()) == 94 * 40
