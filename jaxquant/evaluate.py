@@ -54,7 +54,7 @@ def perplexity(
         found = f"token ids {rows.min()} to {rows.max()}"
         rule = f"the vocabulary is 0 to {vocabulary - 1}"
         raise ConfigError("perplexity", found, rule, "use the model's own tokenizer")
-    graph, state = nnx.split(model)
+    graph, state = model.split()
     total, batch = 0.0, min(batch, count)
     for start in range(0, count, batch):
         part = rows[start : start + batch]

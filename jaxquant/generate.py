@@ -97,7 +97,7 @@ def generate(
     _check_rows(rows, model.config.vocab_size)
     ids, lengths = _pad(rows)
     stops = model.config.eos if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-    graph, state = nnx.split(model)
+    graph, state = model.split()
     room = _bucket(max_new_tokens)
     logits, cache = _prefill(graph, state, ids, lengths, ids.shape[1] + room)
     sampling = Sampling(temperature == 0, top_k is not None or top_p is not None)

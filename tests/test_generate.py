@@ -75,6 +75,15 @@ def test_one_program_per_bucket(model: CausalLM):
     assert _prefill._cache_size() == sizes[0] + 1
 
 
+def test_another_tokenizer_compiles_nothing_anew():
+    first, second = small_model("llama"), small_model("llama", seed=1)
+    one = generate(first, [[1, 2]], max_new_tokens=4, eos=())
+    sizes = _prefill._cache_size(), _decode._cache_size()
+    second.tokenizer = Tokenizer.from_directory(BUNDLED)
+    assert generate(second, [[1, 2]], max_new_tokens=4, eos=()) != one
+    assert (_prefill._cache_size(), _decode._cache_size()) == sizes
+
+
 def test_seeds(model: CausalLM):
     def draw(seed: int) -> list[list[int]]:
         return generate(model, [[5, 9]] * 3, max_new_tokens=8, temperature=1.5, seed=seed, eos=())

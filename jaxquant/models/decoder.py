@@ -115,7 +115,7 @@ class CausalLM(nnx.Module):
         Returns:
             float32 ``[batch, token, vocab]``.
         """
-        graph, state = nnx.split(self)
+        graph, state = self.split()
         return _logits(graph, state, jnp.asarray(input_ids, jnp.int32))
 
     @property
@@ -132,6 +132,14 @@ class CausalLM(nnx.Module):
             tensors = value.parts if isinstance(value, ExpertBank) else (value,)
             total += sum(math.prod(tensor.shape) for tensor in tensors)
         return total
+
+    def split(self) -> tuple[nnx.GraphDef[CausalLM], nnx.State]:
+        """Graph and state for a jitted function.
+
+        Without the tokenizer and whatever else a loader attached: those would make every loaded
+        model a compilation of its own.
+        """
+        return nnx.split(CausalLM(self.model, self.lm_head, self.config, self.dtype))
 
     def empty_cache(self, batch: int, capacity: int) -> Cache:
         """A cache for ``batch`` rows of up to ``capacity`` positions."""

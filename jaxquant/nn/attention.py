@@ -18,6 +18,7 @@ from jaxquant.nn.linear import Buffer, Linear
 from jaxquant.nn.rope import Rope, rotate, rotation
 
 MASKED = -1e30
+QUERY_BLOCK = 512
 
 Entries = tuple[QTensor, QTensor]
 
@@ -85,6 +86,26 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: flo
     Returns:
         ``[batch, token, heads, value_dim]`` in the dtype of ``q``.
     """
+    token = q.shape[1]
+    if token <= QUERY_BLOCK:
+        return _attend_block(q, k, v, mask, scale)
+    # Scores of a long prompt would take tokens squared; a block of queries at a time does not.
+    pad = -token % QUERY_BLOCK
+    q_blocks = _blocks(jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0))))
+    mask_blocks = _blocks(jnp.pad(mask, ((0, 0), (0, pad), (0, 0))))
+    mixed = lax.map(lambda b: _attend_block(b[0], k, v, b[1], scale), (q_blocks, mask_blocks))
+    return jnp.moveaxis(mixed, 0, 1).reshape(q.shape[0], -1, *mixed.shape[3:])[:, :token]
+
+
+def _blocks(x: jax.Array) -> jax.Array:
+    """``[batch, token, ...]`` to ``[block, batch, QUERY_BLOCK, ...]``."""
+    split = x.reshape(x.shape[0], -1, QUERY_BLOCK, *x.shape[2:])
+    return jnp.moveaxis(split, 1, 0)
+
+
+def _attend_block(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float
+) -> jax.Array:
     batch, token, heads, dim = q.shape
     grouped = q.reshape(batch, token, k.shape[2], heads // k.shape[2], dim)
     weights = probabilities(einsum("btkgd,bskd->bkgts", grouped, k) * scale, mask)

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.errors import ConfigError
 from jaxquant.models import ModelConfig, build_model
-from jaxquant.nn.attention import Step
+from jaxquant.nn.attention import Step, attend
 from jaxquant.nn.cache import empty_entry, read, write
 from jaxquant.nn.linear import QWeight
 from jaxquant.nn.rope import Rope, frequencies
@@ -39,6 +39,19 @@ def test_plain_and_absorbed_forms_agree(scheme: str):
     # The expansion matters: another kv_b gives another output.
     kv_b.weight = QWeight(jax.tree.map(lambda a: a[::-1], quantized))
     assert relative(attention(x, step, absorbed=True)[0], plain) > 0.1
+
+
+@pytest.mark.parametrize("tokens", [8, 9, 16])
+def test_long_prompts_go_in_blocks_of_queries(tokens: int, monkeypatch: pytest.MonkeyPatch):
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(2, tokens, heads, 4)), jnp.float32) for heads in (4, 2, 2)
+    )
+    positions = jnp.broadcast_to(jnp.arange(tokens), (2, tokens))
+    mask = Step(positions, q, q).mask(None, 5)
+    whole = attend(q, k, v, mask, 0.5)
+    monkeypatch.setattr("jaxquant.nn.attention.QUERY_BLOCK", 4)
+    assert np.allclose(attend(q, k, v, mask, 0.5), whole, atol=1e-6)
 
 
 def test_cache_rows_are_written_at_positions_and_dropped_past_the_end():
