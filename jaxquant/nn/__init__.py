@@ -10,3 +10,4 @@ from jaxquant.nn.linear import Linear as Linear
 from jaxquant.nn.linear import QWeight as QWeight
 from jaxquant.nn.mla import LatentAttention as LatentAttention
 from jaxquant.nn.moe import MoE as MoE
+from jaxquant.nn.quantize import quantize_model as quantize_model

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from jaxquant.errors import ConfigError
+from jaxquant.nn import quantize_model
 from jaxquant.nn.linear import Linear, QWeight
-from jaxquant.nn.quantize import quantize_model
 from tests.small_models import small_model
 
 
