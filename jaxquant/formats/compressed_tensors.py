@@ -17,6 +17,12 @@ import numpy as np
 from jaxquant.arrays.codes import CODES
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.errors import FormatError
+from jaxquant.formats.arranged import (
+    arranged_decode,
+    arranged_encode,
+    arranged_shape,
+    arranged_slots,
+)
 from jaxquant.formats.base import (
     CHANNEL,
     DENSE_DTYPES,
@@ -38,15 +44,13 @@ from jaxquant.formats.ct_packed import (
     packed_slots,
     packed_spec,
 )
-from jaxquant.formats.fp4 import Fp4Spec, fp4_decode, fp4_encode, fp4_shape, fp4_slots, fp4_spec
+from jaxquant.formats.fp4 import Fp4Spec, fp4_spec
 from jaxquant.formats.names import by_name_or_regex, string_list
 from jaxquant.formats.scaled import (
     ScaledSpec,
     scale_grid,
     scaled_decode,
     scaled_encode,
-    scaled_shape,
-    scaled_slots,
     scaled_spec,
     weight_shape,
 )
@@ -125,6 +129,8 @@ def _fp4(module: RawModule, group: Group) -> Fp4Spec:
                 "weight_global_scale is 448 * 6 / amax, far above 1",
                 "a value below 1 looks like ModelOpt's weight_scale_2 under this name",
             )
+    if nvfp4 and acts is not None and acts.dynamic == "local":
+        module.need("input_global_scale")
     return fp4_spec(
         module,
         data="weight_packed",
@@ -182,22 +188,20 @@ def _scaled(module: RawModule, group: Group, weights: Arguments) -> ScaledSpec:
 def _shape(spec: Any, module: RawModule) -> tuple[int, int]:
     if isinstance(spec, PackedSpec):
         return packed_shape(spec, module)
-    return fp4_shape(spec, module) if isinstance(spec, Fp4Spec) else scaled_shape(spec, module)
+    return arranged_shape(spec, module)
 
 
 def _slots(spec: Any, shape: tuple[int, int]) -> tuple[Slot, ...]:
     if isinstance(spec, PackedSpec):
         return packed_slots(spec, shape)
-    return fp4_slots(spec, shape) if isinstance(spec, Fp4Spec) else scaled_slots(spec, shape)
+    return arranged_slots(spec, shape)
 
 
 def _decode(arrays: Mapping[str, np.ndarray], spec: Any, shape: tuple[int, int]) -> QTensor:
     if isinstance(spec, PackedSpec):
         return packed_decode(arrays, spec, shape)
-    if isinstance(spec, Fp4Spec):
-        return fp4_decode(arrays, spec, shape)
-    if not spec.code.packed:
-        return scaled_decode(arrays, spec, shape)
+    if isinstance(spec, Fp4Spec) or not spec.code.packed:
+        return arranged_decode(arrays, spec, shape)
     # Narrow integers, a byte each: packed here, so that kernels see what pack-quantized gives.
     wide = dataclasses.replace(spec, code=CODES["uint8" if spec.zeros else "int8"])
     q = scaled_decode(arrays, wide, shape)
@@ -219,10 +223,8 @@ def _decode(arrays: Mapping[str, np.ndarray], spec: Any, shape: tuple[int, int])
 def _encode(q: QTensor, spec: Any) -> dict[str, np.ndarray]:
     if isinstance(spec, PackedSpec):
         return packed_encode(q, spec)
-    if isinstance(spec, Fp4Spec):
-        return fp4_encode(q, spec)
-    if not spec.code.packed:
-        return scaled_encode(q, spec)
+    if isinstance(spec, Fp4Spec) or not spec.code.packed:
+        return arranged_encode(q, spec)
     code = spec.code
     middle = np.uint8(1 << (code.bits - 1))
     shift = np.uint8(0x80) - middle

@@ -8,6 +8,7 @@ its reciprocal; a QTensor always holds the multiplier.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import ml_dtypes
@@ -105,8 +106,8 @@ def fp4_spec(
 
 def fp4_shape(spec: Fp4Spec, module: RawModule) -> tuple[int, int]:
     """(out, in)."""
-    rows, columns = spec.data.shape
-    return rows, columns * 2
+    rows, *columns = spec.data.shape
+    return rows, 2 * math.prod(columns)
 
 
 def fp4_slots(spec: Fp4Spec, shape: tuple[int, int]) -> tuple[Slot, ...]:
@@ -137,7 +138,7 @@ def fp4_decode(arrays: Mapping[str, np.ndarray], spec: Fp4Spec, shape: tuple[int
         scales.append(scalar(spec.tensor))
     pre = arrays[spec.pre_disk.suffix].reshape(1, -1) if spec.pre_disk else None
     return QTensor(
-        (np.ascontiguousarray(arrays[spec.data.suffix]).view(np.uint8),),
+        (np.ascontiguousarray(arrays[spec.data.suffix]).view(np.uint8).reshape(shape[0], -1),),
         tuple(scales),
         (),
         spec.layout(shape),
@@ -164,7 +165,9 @@ def _reciprocal(value: np.ndarray) -> np.ndarray:
 def fp4_encode(q: QTensor, spec: Fp4Spec) -> dict[str, np.ndarray]:
     """The tensors as they were on disk."""
     arrays = {
-        spec.data.suffix: np.asarray(q.data[0]).view(numpy_dtype(spec.data.dtype)),
+        spec.data.suffix: np.asarray(q.data[0])
+        .view(numpy_dtype(spec.data.dtype))
+        .reshape(spec.data.shape),
         spec.block.suffix: np.asarray(q.scales[0]).view(numpy_dtype(spec.block.dtype)),
     }
     for entry, leaf in ((spec.tensor, q.scales[-1]), (spec.act_disk, q.act_scale)):

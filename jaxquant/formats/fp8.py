@@ -1,4 +1,4 @@
-"""FP8 checkpoints: ``quant_method`` fp8, fbgemm_fp8, w8a8_fp8, mxfp8.
+"""FP8 checkpoints: ``quant_method`` fp8, fbgemm_fp8, w8a8_fp8, w4afp8, mxfp8.
 
 ========================  ===========================================================
 ``weight``                F8_E4M3 (or E5M2, FNUZ) [out, in]
@@ -20,6 +20,12 @@ from jaxquant.arrays.codes import CODES
 from jaxquant.arrays.layout import Grid, cells
 from jaxquant.arrays.scheme import ActSpec
 from jaxquant.errors import FormatError
+from jaxquant.formats.arranged import (
+    arranged_decode,
+    arranged_encode,
+    arranged_shape,
+    arranged_slots,
+)
 from jaxquant.formats.base import (
     CHANNEL,
     EXPONENT_DTYPES,
@@ -32,21 +38,18 @@ from jaxquant.formats.base import (
     RawTensor,
     method_of,
 )
+from jaxquant.formats.fp4 import Fp4Spec, fp4_spec
 from jaxquant.formats.names import by_component, by_regex_or_suffix, search_prefix, string_list
 from jaxquant.formats.scaled import (
     ScaledSpec,
     first_of,
     fused_parts,
     scale_grid,
-    scaled_decode,
-    scaled_encode,
-    scaled_shape,
-    scaled_slots,
     scaled_spec,
     weight_shape,
 )
 
-METHODS = ("fp8", "fbgemm-fp8", "w8a8-fp8", "mxfp8", "deepseek-v4-fp8")
+METHODS = ("fp8", "fbgemm-fp8", "w8a8-fp8", "w4afp8", "mxfp8", "deepseek-v4-fp8")
 WEIGHT_SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
 ACT_SCALES = ("input_scale", "activation_scale", "act_scale", "qscale_act")
 FORMAT_DTYPES = {"e4m3": ("F8_E4M3", "F8_E4M3FNUZ"), "e5m2": ("F8_E5M2", "F8_E5M2FNUZ")}
@@ -138,9 +141,34 @@ def _check_dtype(config: Mapping[str, Any], weight: RawTensor) -> None:
         raise weight.error(f"dtype {weight.dtype}", f"the config says fmt {config['fmt']!r}")
 
 
-def _spec(config: Mapping[str, Any], module: RawModule) -> ScaledSpec:
+def _four_bit(config: Mapping[str, Any], method: str, module: RawModule) -> ScaledSpec | Fp4Spec:
+    """The experts of W4AFP8 (int4) and of DeepSeek-V4 (MXFP4) beside FP8 linears."""
+    if method == "w4afp8":
+        rows, columns = weight_shape(module)
+        grid = scale_grid(
+            module.need("weight_scale_inv"), (rows, 2 * columns), (1, 128), ("block",)
+        )
+        module.need("input_scale")
+        return scaled_spec(
+            "int4",
+            module,
+            "weight_scale_inv",
+            grid,
+            act=ActSpec(CODES["e4m3"], "tensor", dynamic=False),
+            act_name="input_scale",
+            nibbles=True,
+        )
+    if config.get("expert_dtype") == "fp4":
+        return fp4_spec(module, block="scale")
+    weight = module.need("weight")
+    raise weight.error(f"dtype {weight.dtype}", f"one of {', '.join(FP8_DTYPES)} in this family")
+
+
+def _spec(config: Mapping[str, Any], module: RawModule) -> ScaledSpec | Fp4Spec:
     method = method_of(config)
     weight = module.need("weight")
+    if weight.dtype in ("I8", "U8"):
+        return _four_bit(config, method, module)
     name, scale = first_of(module, WEIGHT_SCALES, "weight scale")
     _check_dtype(config, weight)
     shape = weight_shape(module)
@@ -182,8 +210,8 @@ FP8 = Format(
     ("weight", *WEIGHT_SCALES, *ACT_SCALES, "input_scale_ub"),
     _coverage,
     _spec,
-    scaled_shape,
-    scaled_slots,
-    scaled_decode,
-    scaled_encode,
+    arranged_shape,
+    arranged_slots,
+    arranged_decode,
+    arranged_encode,
 )

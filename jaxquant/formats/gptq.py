@@ -141,6 +141,7 @@ def gptq_spec(
     symmetric: bool,
     version: int,
     act_order: bool,
+    signed: bool = False,
 ) -> GPTQSpec:
     """Spec from the family's settings and the module's zero points and group index.
 
@@ -192,6 +193,7 @@ def gptq_spec(
         g_idx=None if g_idx is None else g_idx.dtype,
         ragged=layout == "ragged",
         dead_scales=True,
+        signed_scales=signed,
     )
 
 

@@ -28,6 +28,12 @@ from jaxquant.arrays.codes import CODES
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.arrays.scheme import ActSpec
 from jaxquant.errors import FormatError
+from jaxquant.formats.arranged import (
+    arranged_decode,
+    arranged_encode,
+    arranged_shape,
+    arranged_slots,
+)
 from jaxquant.formats.base import (
     SCALE_DTYPES,
     Coverage,
@@ -39,24 +45,12 @@ from jaxquant.formats.base import (
     method_of,
     numpy_dtype,
 )
-from jaxquant.formats.fp4 import (
-    Fp4Spec,
-    fp4_activations,
-    fp4_decode,
-    fp4_encode,
-    fp4_shape,
-    fp4_slots,
-    fp4_spec,
-)
+from jaxquant.formats.fp4 import Fp4Spec, fp4_activations, fp4_spec
 from jaxquant.formats.names import by_glob, string_list
 from jaxquant.formats.scaled import (
     ScaledSpec,
     Side,
     scale_grid,
-    scaled_decode,
-    scaled_encode,
-    scaled_shape,
-    scaled_slots,
     scaled_spec,
     side,
     weight_shape,
@@ -146,6 +140,8 @@ def _fp4(module: RawModule, name: str) -> Fp4Spec:
     act: ActSpec | None = None
     if name in ("NVFP4", "NVFP4_AWQ", "MXFP4"):
         act = fp4_activations("mxfp4" if name == "MXFP4" else "nvfp4")
+        if name != "MXFP4":
+            module.need("input_scale")
     elif name.endswith("_FP8"):
         e4m3 = CODES["e4m3"]
         act = ActSpec(e4m3, "tensor", dynamic=False) if static else ActSpec(e4m3)
@@ -276,26 +272,25 @@ def _shape(spec: Any, module: RawModule) -> tuple[int, int]:
     if isinstance(spec, RowPackedSpec):
         rows, columns = spec.sides[0].shape
         return rows * 2, columns
-    return fp4_shape(spec, module) if isinstance(spec, Fp4Spec) else scaled_shape(spec, module)
+    return arranged_shape(spec, module)
 
 
 def _slots(spec: Any, shape: tuple[int, int]) -> tuple[Slot, ...]:
     if isinstance(spec, RowPackedSpec):
         return tuple(Slot(s.suffix, (s.dtype,), (s.shape,)) for s in spec.sides)
-    return fp4_slots(spec, shape) if isinstance(spec, Fp4Spec) else scaled_slots(spec, shape)
+    return arranged_slots(spec, shape)
 
 
 def _decode(arrays: Mapping[str, np.ndarray], spec: Any, shape: tuple[int, int]) -> QTensor:
     if isinstance(spec, RowPackedSpec):
         return _rows_decode(arrays, spec, shape)
-    decode = fp4_decode if isinstance(spec, Fp4Spec) else scaled_decode
-    return decode(arrays, spec, shape)
+    return arranged_decode(arrays, spec, shape)
 
 
 def _encode(q: QTensor, spec: Any) -> dict[str, np.ndarray]:
     if isinstance(spec, RowPackedSpec):
         return _rows_encode(q, spec)
-    return fp4_encode(q, spec) if isinstance(spec, Fp4Spec) else scaled_encode(q, spec)
+    return arranged_encode(q, spec)
 
 
 MODELOPT = Format(

@@ -1,6 +1,7 @@
 """Synthetic modules of every format: raw tensors by the oracle, and the weight they stand for."""
 
 import dataclasses
+import json
 
 import ml_dtypes
 import numpy as np
@@ -12,8 +13,12 @@ from tests.oracle.packing import (
     e4m3,
     fast_words,
     gptq_words,
+    hqq_pack,
+    marlin_scales,
+    marlin_words,
     nibbles,
     padded,
+    qserve_bytes,
     spread,
     stream,
     words,
@@ -407,6 +412,253 @@ def _ct_cases():
     }
 
 
+def _modelopt_cases():
+    def config(algorithm, **more):
+        return {"quant_method": "modelopt", "quant_algo": algorithm} | more
+
+    one, pre = np.float32(0.5), scales((192,), BF16, 7)
+    plain = {
+        "FP8": fp8({}, (0, 0), (), input_scale=one.reshape(())),
+        "FP8_PER_CHANNEL_PER_TOKEN": fp8({}, (1, 0), (160,)),
+        "FP8_PB_WO": fp8({}, (128, 128), (2, 1, 2, 1)),
+        "MXFP8": fp8({}, (1, 32), (160, 6), dtype=np.uint8),
+        "INT8_WO": int8({}, (1, 0), (160,)),
+        "INT8_SQ": int8({}, (1, 0), (160,), input_scale=one.reshape(()), pre_quant_scale=pre),
+    }
+    cases = {
+        f"modelopt-{name.lower()}": dataclasses.replace(
+            case, format="modelopt", config=config(name)
+        )
+        for name, case in plain.items()
+    }
+    layers = {PATH: {"quant_algo": "FP8"}}
+    cases["modelopt-mixed"] = dataclasses.replace(
+        cases["modelopt-fp8"], config=config("MIXED_PRECISION", quantized_layers=layers)
+    )
+    for name in ("W4A16_AWQ", "W4A8_AWQ"):
+        codes = rng().integers(-8, 8, (64, 192))
+        nibble = (codes & 15).astype(np.uint8)
+        scale = scales((64, 3))
+        arrays = {"weight": nibble[0::2] | nibble[1::2] << 4, "weight_scale": scale}
+        weight = codes * spread(scale, (1, 64), codes.shape)
+        arrays["pre_quant_scale"] = pre
+        if name == "W4A8_AWQ":
+            arrays["weight_scale_2"] = np.asarray(
+                np.float32(np.abs(weight).max()) / np.float32(448)
+            )
+            arrays["input_scale"] = np.asarray(one)
+        cases[f"modelopt-{name.lower()}"] = Case("modelopt", config(name), arrays, weight)
+    for name in ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "W4A8_NVFP4_FP8", "MXFP4"):
+        case = fp4("mxfp4" if name == "MXFP4" else "nvfp4")
+        arrays = {
+            "weight": case.arrays["weight_packed"],
+            "weight_scale": case.arrays["weight_scale"],
+        }
+        weight = case.weight
+        if name != "MXFP4":
+            top = np.float32(0.00037)
+            arrays["weight_scale_2"] = np.asarray(top)
+            weight = weight * 3000.5 * float(top)
+        if name in ("NVFP4", "NVFP4_AWQ", "W4A8_NVFP4_FP8"):
+            arrays["input_scale"] = np.asarray(one)
+        if name == "NVFP4_AWQ":
+            arrays["pre_quant_scale"] = scales((96,), BF16, 7)
+        cases[f"modelopt-{name.lower()}"] = Case(
+            "modelopt", config(name), arrays, weight, exact=name == "MXFP4"
+        )
+    return cases
+
+
+NF4 = np.float32(
+    [
+        "-1",
+        "-0.6961928",
+        "-0.52507305",
+        "-0.39491749",
+        "-0.28444138",
+        "-0.18477343",
+        "-0.09105004",
+        "0",
+        "0.0795803",
+        "0.1609302",
+        "0.2461123",
+        "0.33791524",
+        "0.44070983",
+        "0.562617",
+        "0.72295684",
+        "1",
+    ]
+)
+
+
+def bnb4(nested, shape=(64, 192), block=64):
+    codes = rng().integers(0, 16, shape)
+    flat = codes.reshape(-1)
+    state = {"quant_type": "nf4", "blocksize": block, "dtype": "bfloat16", "shape": list(shape)}
+    count = flat.size // block
+    arrays = {
+        "weight": (flat[0::2] << 4 | flat[1::2]).astype(np.uint8).reshape(-1, 1),
+        "weight.quant_map": NF4,
+    }
+    if nested:
+        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.25}
+        index = rng(1).integers(0, 256, count).astype(np.uint8)
+        table, outer = np.linspace(-1, 1, 256, dtype=np.float32), np.float32([0.125])
+        absmax = table[index].astype(np.float64) * 0.125 + 0.25
+        arrays |= {
+            "weight.absmax": index,
+            "weight.nested_absmax": outer,
+            "weight.nested_quant_map": table,
+        }
+    else:
+        arrays["weight.absmax"] = scales((count,))
+        absmax = arrays["weight.absmax"].astype(np.float64)
+    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    arrays["weight.quant_state.bitsandbytes__nf4"] = text
+    weight = (NF4.astype(np.float64)[flat].reshape(-1, block) * absmax[:, None]).reshape(shape)
+    config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    return Case("bitsandbytes", config, arrays, weight, exact=False, reversible=not nested)
+
+
+def bnb8():
+    case = int8(
+        {"quant_method": "bitsandbytes", "load_in_8bit": True}, (1, 0), (160,), suffix="SCB"
+    )
+    case.arrays["weight_format"] = np.zeros((), np.uint8)
+    return dataclasses.replace(case, format="bitsandbytes", weight=case.weight / 127, exact=False)
+
+
+def qserve(grouped, shape=(64, 256)):
+    out, inputs = shape
+    codes = rng().integers(0, 16, shape)
+    scale = scales((out,), np.float16)
+    arrays = {"qweight": qserve_bytes(codes), "s1_scales": scale}
+    if not grouped:
+        zero = (scale * np.float16(7)).astype(np.float16)
+        arrays["s1_szeros"] = zero
+        weight = codes * scale.astype(np.float64)[:, None] - zero.astype(np.float64)[:, None]
+    else:
+        second = rng(1).integers(1, 9, (out, inputs // 128))
+        zero = rng(2).integers(0, 16, second.shape)
+        column = [o // 32 * 32 + o % 8 * 4 + o % 32 // 8 for o in range(out)]
+        for name, value in (("s2_scales", second), ("s2_zeros", -zero * second)):
+            arrays[name] = np.zeros((inputs // 128, out), np.int8)
+            arrays[name][:, column] = value.T
+        shifted = codes - spread(zero, (1, 128), shape)
+        weight = shifted * spread(second, (1, 128), shape) * scale.astype(np.float64)[:, None]
+    config = {"quant_method": "qoq", "wbits": 4, "group_size": 128 if grouped else -1}
+    return Case("qserve", config, arrays, weight, exact=grouped)
+
+
+def gpt_oss(shape=(64, 96)):
+    case = fp4("mxfp4", shape)
+    arrays = {
+        "blocks": case.arrays["weight_packed"].reshape(shape[0], shape[1] // 32, 16),
+        "scales": case.arrays["weight_scale"],
+    }
+    path = "model.layers.0.mlp.experts.0.gate_proj"
+    return Case("gpt-oss", {"quant_method": "mxfp4"}, arrays, case.weight, path)
+
+
+def hqq(bits, shape=(64, 192), group=64):
+    codes = rng().integers(0, 1 << bits, shape)
+    scale = scales((codes.size // group, 1), np.float16)
+    zero = rng(2).uniform(0, 1 << bits, scale.shape).astype(np.float16)
+    weight = (
+        (codes.reshape(-1, group) - zero.astype(np.float64)) * scale.astype(np.float64)
+    ).reshape(shape)
+    arrays = {"W_q": hqq_pack(codes.reshape(-1, group), bits), "scale": scale, "zero": zero}
+    arrays["shape"] = np.array(shape, np.int64)
+    params = {"nbits": bits, "group_size": group, "axis": 1}
+    config = {"quant_method": "hqq", "quant_config": {"weight_quant_params": params}}
+    return Case("hqq", config, arrays, weight, exact=False)
+
+
+def marlin(group, shape=(128, 256)):
+    codes = rng().integers(0, 16, shape)
+    scale = scales((shape[0], 1 if group == -1 else shape[1] // group), np.float16)
+    weight = (codes - 8) * spread(scale, (1, 0 if group == -1 else group), shape)
+    arrays = {
+        "B": marlin_words(codes),
+        "s": marlin_scales(scale),
+        "workspace": np.zeros(16, np.int32),
+    }
+    config = {"quant_method": "gptq", "bits": 4, "group_size": group, "is_marlin_format": True}
+    return Case("marlin", config, arrays, weight)
+
+
+def _other_cases():
+    def renamed(case, fmt, config, names=()):
+        arrays = {dict(names).get(k, k): v for k, v in case.arrays.items()}
+        return dataclasses.replace(case, format=fmt, config=config, arrays=arrays)
+
+    auto = {"quant_method": "auto-round", "bits": 4, "group_size": 64, "data_type": "int"}
+    qdata = (("weight", "_weight_qdata"), ("weight_scale", "_weight_scale"))
+    torchao = {
+        "quant_method": "torchao",
+        "quant_type": {"default": {"_type": "Float8WeightOnlyConfig"}},
+    }
+    static = {"dtype": "fp8_e4m3", "is_dynamic": False}
+    quark = {
+        "quant_method": "quark",
+        "global_quant_config": {"weight": static, "input_tensors": static},
+    }
+    fp4_quark = {"weight": {"dtype": "fp4"}, "input_tensors": {"dtype": "fp4", "is_dynamic": True}}
+    mx = fp4("mxfp4")
+    int4 = rng().integers(-8, 8, (64, 256))
+    scale = scales((64, 2))
+    w4afp8 = Case(
+        "fp8",
+        {"quant_method": "w4afp8"},
+        {
+            "weight": nibbles((int4 & 15).astype(np.uint8)).view(np.int8),
+            "weight_scale_inv": scale,
+            "input_scale": np.float32([0.5]).astype(BF16),
+        },
+        int4 * spread(scale, (1, 128), int4.shape),
+    )
+    v4_scale = mx.arrays["weight_scale"].view(E8M0)
+    v4 = {"weight": mx.arrays["weight_packed"].view(np.int8), "scale": v4_scale}
+    packed = (("weight_packed", "weight"),)
+    return {
+        "bnb-nf4": bnb4(False),
+        "bnb-nf4-nested": bnb4(True),
+        "bnb-nf4-square": bnb4(False, (128, 128)),
+        "bnb-int8": bnb8(),
+        "qserve-channel": qserve(False),
+        "qserve-group": qserve(True),
+        "gpt-oss": gpt_oss(),
+        **{f"hqq-{bits}b": hqq(bits) for bits in (1, 2, 3, 4, 8)},
+        "marlin-g128": marlin(128),
+        "marlin-channel": marlin(-1),
+        "auto-round-gptq": renamed(
+            gptq(4, sym=False),
+            "auto-round",
+            auto | {"sym": False, "packing_format": "auto_round:auto_gptq"},
+        ),
+        "auto-round": renamed(
+            gptq(4, sym=False, version=2),
+            "auto-round",
+            auto | {"sym": False, "packing_format": "auto_round"},
+        ),
+        "auto-round-awq": renamed(
+            awq("gemm"),
+            "auto-round",
+            auto | {"sym": False, "packing_format": "auto_round:auto_awq"},
+        ),
+        "torchao-float8": renamed(fp8({}, (1, 0), (160, 1)), "torchao", torchao, qdata),
+        "torchao-int8": renamed(int8({}, (1, 0), (160,)), "torchao", torchao, qdata),
+        "quark-fp8": renamed(fp8({}, (0, 0), (), input_scale=np.float32([0.5])), "quark", quark),
+        "quark-mxfp4": renamed(
+            mx, "quark", {"quant_method": "quark", "global_quant_config": fp4_quark}, packed
+        ),
+        "fp8-w4afp8": w4afp8,
+        "fp8-deepseek-v4-experts": dataclasses.replace(
+            mx, format="fp8", config={"quant_method": "fp8", "expert_dtype": "fp4"}, arrays=v4
+        ),
+    }
+
+
 def _cases():
     block8 = {"quant_method": "blockwise_int8", "weight_block_size": [128, 128]}
     return {
@@ -425,6 +677,8 @@ def _cases():
         "awq-gemv-g128": awq("gemv", 128, (64, 256)),
         "awq-gemv-fast": awq("gemv_fast"),
         **_ct_cases(),
+        **_modelopt_cases(),
+        **_other_cases(),
     }
 
 

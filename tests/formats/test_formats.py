@@ -15,6 +15,22 @@ from jaxquant.transforms.structure import concat, refine, slice_axis, split, sta
 from tests.formats.cases import CASES
 
 NAMES = sorted(CASES)
+WEIGHTS = ("qweight", "weight_packed", "weight", "blocks", "W_q", "_weight_qdata", "B")
+ACTIVATION_SCALES = (
+    "input_scale",
+    "activation_scale",
+    "input_global_scale",
+    "pre_quant_scale",
+    "qscale_act",
+)
+OPTIONAL = {"g_idx", "weight_shape", "weight_format", "workspace", "pre_quant_scale"}
+# Without the static scale these are read as what they then are: dynamic.
+DYNAMIC_WITHOUT = {("modelopt-w4a8_nvfp4_fp8", "input_scale"), ("fp8-mistral", "qscale_act")}
+
+
+def is_scale(suffix):
+    """Whether a suffix is that of a weight scale."""
+    return suffix in ("s", "SCB") or ("scale" in suffix and suffix not in ACTIVATION_SCALES)
 
 
 def build(case, **changes):
@@ -90,19 +106,18 @@ def test_layout_is_known_before_reading(name):
 def test_a_missing_slot_is_named(name):
     case = CASES[name]
     module = build(case)
-    optional = {"g_idx", "weight_shape"} | (
-        {"qzeros"} if module.spec.affine == "symmetric" else set()
-    )
-    for slot in module.format.slots(module.spec, module.shape):
-        if not slot.required or slot.suffix in optional:
-            continue
-        if slot.suffix in ("input_global_scale", "qscale_act"):
+    optional = OPTIONAL | ({"qzeros"} if module.spec.affine == "symmetric" else set())
+    required = [s.suffix for s in module.format.slots(module.spec, module.shape) if s.required]
+    required = [suffix for suffix in required if suffix not in optional]
+    assert required
+    for suffix in required:
+        if (name, suffix) in DYNAMIC_WITHOUT:
             continue
         with pytest.raises(FormatError) as caught:
-            build(case, **{slot.suffix: None})
+            build(case, **{suffix: None})
         assert case.path in caught.value.where
         said = str(caught.value)
-        assert slot.suffix in said or "scale" in said or "zero" in said
+        assert suffix in said or "scale" in said or "zero" in said or "state" in said
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -133,10 +148,8 @@ def test_one_changed_bit_is_seen(name):
     """Negative control: the comparison above would notice a wrong code or a wrong scale."""
     case = CASES[name]
     whole = value(load(case))
-    main = next(
-        s for s in ("qweight", "weight_packed", "weight", "blocks", "W_q") if s in case.arrays
-    )
-    scale = next((s for s in case.arrays if "scale" in s and s not in SKIPPED), None)
+    main = next(s for s in WEIGHTS if s in case.arrays)
+    scale = next((s for s in case.arrays if is_scale(s)), None)
     for suffix in filter(None, (main, scale)):
         changed = case.arrays[suffix].copy()
         octets = changed.reshape(-1).view(np.uint8)
@@ -144,13 +157,9 @@ def test_one_changed_bit_is_seen(name):
         assert not np.array_equal(value(load(case, **{suffix: changed})), whole), suffix
 
 
-SKIPPED = ("input_scale", "activation_scale", "input_global_scale", "pre_quant_scale")
-
-
 def float_scale(case):
     """The suffix of the case's floating point weight scale, if it has one."""
-    named = (s for s in case.arrays if "scale" in s and s not in SKIPPED)
-    return next((s for s in named if case.arrays[s].dtype.itemsize > 1), None)
+    return next((s for s in case.arrays if is_scale(s) and case.arrays[s].dtype.itemsize > 1), None)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if float_scale(CASES[name])])

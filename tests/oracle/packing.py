@@ -88,3 +88,62 @@ def spread(cells, block, shape):
     return np.asarray(cells, np.float64).reshape(rows[-1] + 1, columns[-1] + 1)[
         np.ix_(rows, columns)
     ]
+
+
+def marlin_place(k, n, bits=4):
+    """(row, field) of a code in Marlin words; fields count from the start of the row."""
+    kr, nt, nc = k % 16, n // 16, n % 16
+    hi, i4, lo = kr // 8, kr % 8 // 2, kr % 2
+    ch, j, col, block = nt // 4, nt % 4, nc % 8, nc // 8
+    pos = 32 * (4 * col + i4) + 8 * j + 4 * block + 2 * hi + lo
+    il = AWQ_ORDER if bits == 4 else [0, 2, 1, 3]
+    pos = pos // len(il) * len(il) + il.index(pos % len(il))
+    return k // 16, 1024 * ch + pos
+
+
+def marlin_words(codes):
+    """4-bit codes ``[out, in]`` as Marlin words int32 ``[in/16, 2 * out]``."""
+    out, inputs = codes.shape
+    packed = np.zeros((inputs // 16, 2 * out), np.uint32)
+    for n in range(out):
+        for k in range(inputs):
+            row, field = marlin_place(k, n)
+            packed[row, field // 8] |= np.uint32(int(codes[n, k]) << (4 * (field % 8)))
+    return packed.view(np.int32)
+
+
+def marlin_scales(scales):
+    """Scales ``[out, groups]`` as Marlin stores them, ``[groups, out]``."""
+    flat = scales.T
+    if scales.shape[1] > 1:
+        order = [i + 8 * j for i in range(8) for j in range(8)]
+    else:
+        order = [2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24, 25)]
+    blocks = np.ascontiguousarray(flat).reshape(-1, len(order))
+    return blocks[:, order].reshape(flat.shape)
+
+
+def qserve_place(o, k, inputs):
+    """(byte, nibble) of a code in QServe's qweight."""
+    byte = (o // 32 * (inputs // 32) + k // 32) * 512 + (o % 8 * 4 + k % 16 // 4) * 16
+    return byte + k % 32 // 16 * 8 + o // 8 % 2 * 4 + k % 4, o % 32 // 16
+
+
+def qserve_bytes(codes):
+    """Codes ``[out, in]`` as int8 ``[out, in/2]``."""
+    out, inputs = codes.shape
+    packed = np.zeros(out * inputs // 2, np.uint8)
+    for o in range(out):
+        for k in range(inputs):
+            byte, nibble = qserve_place(o, k, inputs)
+            packed[byte] |= np.uint8(int(codes[o, k]) << (4 * nibble))
+    return packed.reshape(out, inputs // 2).view(np.int8)
+
+
+def hqq_pack(codes, bits):
+    """Codes ``[rows, group]`` in strided parts, the first part in the top bits."""
+    per = 10 if bits == 3 else 8 // bits
+    codes = np.pad(codes, ((0, -len(codes) % per), (0, 0)))
+    step = len(codes) // per
+    packed = sum(codes[i * step : (i + 1) * step] << (bits * (per - 1 - i)) for i in range(per))
+    return packed.astype(np.uint32).view(np.int32) if bits == 3 else packed.astype(np.uint8)
