@@ -35,7 +35,7 @@ ifeq ($(shell command -v $(PYTHON312) 2>/dev/null),)
 	@test -z "$$CI"
 else
 	$(MAKE) .venv312/.installed
-	$(BIN312)/python $(PYTEST) -m 'interpret and not gpu' tests/pallas_kernels
+	$(BIN312)/python $(PYTEST) -m 'interpret and not gpu' tests/pallas_kernels tests/ops
 endif
 
 test312: .venv312/.installed

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from jaxquant.models import ModelConfig as ModelConfig
     from jaxquant.nn import Linear as Linear
     from jaxquant.nn import QWeight as QWeight
+    from jaxquant.nn.prepare import prepare_model as prepare_model
     from jaxquant.nn.quantize import quantize_model as quantize_model
     from jaxquant.ops import Backend as Backend
     from jaxquant.ops import backend as backend
@@ -59,6 +60,7 @@ _HOMES = {
     "jaxquant.generate": ("generate",),
     "jaxquant.models": ("CausalLM", "ModelConfig"),
     "jaxquant.nn": ("Linear", "QWeight"),
+    "jaxquant.nn.prepare": ("prepare_model",),
     "jaxquant.nn.quantize": ("quantize_model",),
     "jaxquant.ops": ("Backend", "backend", "grouped_matmul", "matmul"),
     "jaxquant.transforms.numeric": ("dequantize", "quantize"),

@@ -9,6 +9,7 @@ from flax import nnx
 
 from jaxquant.arrays.bank import ExpertBank
 from jaxquant.arrays.qtensor import QTensor
+from jaxquant.ops.prepared import Prepared
 from jaxquant.ops.select import Choice, explain_grouped, explain_matmul
 
 COLUMNS = ("path", "shape", "layout", "activations", "runs on", "MiB", "why not faster")
@@ -62,7 +63,7 @@ class Explanation:
         return "\n".join([*lines, f"{len(self.rows)} weights, {total:.2f} MiB, batch {self.batch}"])
 
 
-def _row(path: str, q: QTensor, choice: Choice) -> Row:
+def _row(path: str, q: QTensor | Prepared, choice: Choice) -> Row:
     act = str(q.act) if q.act else "-"
     return Row(path, q.shape, str(q.layout), act, choice.kernel, q.nbytes, choice.reasons)
 
@@ -71,17 +72,17 @@ def explain(model_or_q: Any, batch: int = 1) -> Explanation:
     """Say for every weight which code multiplies it and why no faster one does.
 
     Args:
-        model_or_q: a QTensor, or any NNX model that holds QTensors.
+        model_or_q: a QTensor (prepared or not), or any NNX model that holds QTensors.
         batch: rows of activations that the matmuls see.
     Returns:
         An Explanation: ``rows`` to compute with, ``str()`` to read.
     """
-    if isinstance(model_or_q, QTensor):
+    if isinstance(model_or_q, QTensor | Prepared):
         return Explanation((_row("", model_or_q, explain_matmul(model_or_q, batch)),), batch)
     rows: list[Row] = []
     for path, variable in nnx.to_flat_state(nnx.state(model_or_q)):
         name, value = ".".join(map(str, path)), variable.get_value()
-        if isinstance(value, QTensor):
+        if isinstance(value, QTensor | Prepared):
             rows.append(_row(name, value, explain_matmul(value, batch)))
         elif isinstance(value, ExpertBank):
             for run, part in zip(value.runs, value.parts, strict=True):

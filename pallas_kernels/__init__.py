@@ -21,6 +21,7 @@ from pallas_kernels.problem import Device as Device
 from pallas_kernels.problem import Kernel as Kernel
 from pallas_kernels.problem import KernelError as KernelError
 from pallas_kernels.problem import Problem as Problem
+from pallas_kernels.problem import current_device as current_device
 from pallas_kernels.quantize import QUANTIZE_KERNELS as QUANTIZE_KERNELS
 from pallas_kernels.quantize import Quantized as Quantized
 from pallas_kernels.quantize import quantize as quantize

@@ -25,6 +25,8 @@ from jaxquant.convert.save import is_saved, load_saved
 from jaxquant.convert.source import Item, open_source
 from jaxquant.errors import ConfigError
 from jaxquant.models import CausalLM, build_model
+from jaxquant.nn.prepare import prepare_model
+from jaxquant.ops.select import has_kernels
 from jaxquant.tokenize import Tokenizer
 
 # Decoding runs this many tensors ahead of placing them; with the one being placed that makes three.
@@ -124,6 +126,8 @@ def from_pretrained(
         ):
             model = build_model(source.config, weights, arrays, dtype=dtype, load=load, place=place)
         model.report = make_report(source)
+    if mesh is None and has_kernels():
+        model = prepare_model(model)
     model.tokenizer = _tokenizer(path)
     return model
 

@@ -25,6 +25,7 @@ from jaxquant.convert.static_json import from_json, to_json
 from jaxquant.errors import FormatError
 from jaxquant.models import CausalLM, build_model
 from jaxquant.nn.moe import Experts
+from jaxquant.nn.prepare import unprepare_model
 
 LAYOUTS_FILE = "layouts.json"
 ARRAYS_FOLDER = "arrays"
@@ -115,6 +116,7 @@ def save_pretrained(model: CausalLM, path: str | Path) -> None:
             str(path), "it exists", "nothing is overwritten", "choose another directory"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
+    model = unprepare_model(model)
     weights, arrays = describe(model)
     table: list[Any] = []
     index: dict[str, int] = {}

@@ -43,7 +43,7 @@ def candidates(x: jax.ShapeDtypeStruct, weight: QTensor | Prepared) -> list[Cand
             return [Candidate("matmul_a16", _refused_a16(x, weight), _run_a16)]
         return [Candidate("matmul_w4a8", _refused_w4a8(x, weight), _run_w4a8)]
     packed = "matmul_a16" if weight.act is None else "matmul_w4a8"
-    why_not = refusal(weight) or "it is not prepared: jaxquant.prepare(model) brings it into order"
+    why_not = refusal(weight) or "it is not in kernel order: jaxquant.prepare_model does that"
     found = [Candidate(packed, why_not, _run_a16)]
     if weight.act is not None:
         found.append(Candidate("matmul_a8", _refused_a8(x, weight), _run_a8))

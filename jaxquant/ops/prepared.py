@@ -108,21 +108,13 @@ def _pack(q: QTensor) -> pk.Prepacked:
     )
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _pack_donated(q: QTensor) -> pk.Prepacked:
-    return _pack(q)
-
-
 def prepare(q: QTensor) -> QTensor | Prepared:
-    """Bring a weight into kernel order; a weight that no kernel reorders comes back as it is.
-
-    The arrays of ``q`` are donated: the weight is never in memory twice.
-    """
+    """Bring a weight into kernel order; a weight that no kernel reorders comes back as it is."""
     if refusal(q) is not None:
         return q
     fields = (q.perm, q.act_scale, q.act_zero, q.pre_scale)
     bare = dataclasses.replace(q, perm=None, act_scale=None, act_zero=None, pre_scale=None)
-    return Prepared(_pack_donated(bare), q.layout, *fields, act=q.act)
+    return Prepared(jax.jit(_pack)(bare), q.layout, *fields, act=q.act)
 
 
 def unprepare(weight: Prepared) -> QTensor:

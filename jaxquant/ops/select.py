@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+import pallas_kernels as pk
 from jaxquant.arrays.bank import ExpertBank
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.errors import KernelError
@@ -41,6 +42,11 @@ def _dense(weight: QTensor | Prepared) -> bool:
 def has_gpu() -> bool:
     """Whether this process computes on a GPU, so that kernels are worth tracing."""
     return jax.default_backend() == "gpu"
+
+
+def has_kernels() -> bool:
+    """Whether this process computes on a GPU that the kernels are written for."""
+    return has_gpu() and pk.current_device().capability == "9.0"
 
 
 def _choose(

@@ -1,0 +1,170 @@
+"""matmul through the Pallas kernels: the GPU interpreter on the CPU, against the XLA path.
+
+The kernels themselves are tested in tests/pallas_kernels; here it is the connection: operands,
+selection with reasons, prepared weights.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxquant as jq
+import pallas_kernels as pk
+from jaxquant.arrays.codes import CODES
+from jaxquant.arrays.scheme import ActSpec
+from jaxquant.errors import KernelError, LayoutError
+from jaxquant.nn.prepare import unprepare_model
+from jaxquant.ops.prepared import Prepared, prepare, unprepare
+from tests.ops import oracle
+
+A8 = ["fp8", "fp8_tensor", "fp8_b128", "w8a8", "w8a8_b128"]
+PACKED = ["w4a16_g128", "w4a16_g32", "w4a16_g64_asym", "w4a16", "w8a16", "fp8a16"]
+PACKED += ["w4a8_g128", "w4afp8_g128"]
+SHAPE = (128, 512)
+
+
+def weight(scheme, shape=SHAPE, seed=0):
+    w = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return jq.quantize(w, scheme, ("out", "in"))
+
+
+def activation(rows=5, width=SHAPE[1]):
+    x = np.random.default_rng(9).standard_normal((rows, width))
+    return jnp.asarray(x, jnp.bfloat16)
+
+
+def compare(x, q, packed):
+    ours = jq.matmul(x, packed, backend="interpret").astype(jnp.float32)
+    return oracle.relative(ours, jq.matmul(x, q, backend="xla").astype(jnp.float32))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("scheme", A8 + PACKED)
+def test_kernels_agree_with_the_xla_path(scheme):
+    q, x = weight(scheme), activation()
+    packed = prepare(q)
+    assert isinstance(packed, Prepared) == (scheme in PACKED)
+    assert compare(x, q, packed) < 4e-3
+    other = prepare(weight(scheme, seed=1))
+    assert compare(x, q, other) > 0.5, "another weight must not pass"
+
+
+@pytest.mark.interpret
+def test_leading_axes_and_float16():
+    q = weight("fp8")
+    x = activation(6).astype(jnp.float16).reshape(2, 3, -1)
+    y = jq.matmul(x, q, backend="interpret")
+    assert y.shape == (2, 3, SHAPE[0]) and y.dtype == jnp.float16
+    assert oracle.relative(y, jq.matmul(x, q, backend="xla")) < 4e-3
+
+
+@pytest.mark.interpret
+def test_act_order_and_pre_scale_travel_with_the_prepared_weight():
+    rng = np.random.default_rng(3)
+    q = dataclasses.replace(
+        weight("w4a16_g64_asym"),
+        perm=jnp.asarray(rng.permutation(SHAPE[1]), jnp.int32),
+        pre_scale=jnp.asarray(rng.uniform(0.5, 2, (1, SHAPE[1])), jnp.float32),
+    )
+    assert compare(activation(), q, prepare(q)) < 4e-3
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("static", [True, False])
+def test_asymmetric_activations(static):
+    act = ActSpec(CODES["int8"], "tensor" if static else "token", not static, symmetric=False)
+    leaves = {"act_scale": jnp.full((1, 1), 0.03, jnp.float32)} if static else {}
+    leaves |= {"act_zero": jnp.full((1, 1), -11, jnp.int8)} if static else {}
+    q = dataclasses.replace(weight("w8a8"), act=act, **leaves).check()
+    assert compare(activation(), q, q) < 4e-3
+
+
+@pytest.mark.interpret
+def test_levels_of_another_producer_are_kept():
+    act = ActSpec(CODES["int8"], levels=127.5)
+    q = dataclasses.replace(weight("w8a8"), act=act)
+    assert compare(activation(), q, q) < 1e-6
+    assert compare(activation(), q, weight("w8a8")) > 1e-4, "127 levels are another scale"
+
+
+@pytest.mark.parametrize("scheme", A8 + PACKED + ["w3a16_g64", "bf16"])
+def test_prepare_is_exactly_invertible(scheme):
+    q = weight(scheme)
+    packed = prepare(q)
+    if not isinstance(packed, Prepared):
+        assert packed is q
+        return
+    back = unprepare(packed)
+    assert back.layout == q.layout and back.act == q.act
+    for a, b in zip(jax.tree.leaves(q), jax.tree.leaves(back), strict=True):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    np.testing.assert_array_equal(jq.matmul(activation(), packed), jq.matmul(activation(), q))
+    assert packed.shape == q.shape and packed.extent("in") == SHAPE[1]
+
+
+def reasons_of(x, q):
+    with pytest.raises(KernelError) as caught:
+        jq.matmul(x, q, backend="pallas")
+    assert caught.value.action
+    return dict(caught.value.reasons)
+
+
+def test_every_refusal_has_its_reason():
+    x = activation()
+    assert "int3" in reasons_of(x, weight("w3a16_g64"))["matmul_a16"]
+    assert "kernel order" in reasons_of(x, weight("w4a16_g64"))["matmul_a16"]
+    turned = jq.quantize(np.ones((512, 128), np.float32), "fp8", ("in", "out"))
+    assert "to_axes" in reasons_of(x, turned)["matmul_a8"]
+    assert "multiple" in reasons_of(activation(5, 200), weight("fp8", (100, 200)))["matmul_a8"]
+    assert (
+        "float32" in reasons_of(x.astype(jnp.float32), prepare(weight("w4a16_g64")))["matmul_a16"]
+    )
+    with pytest.raises(LayoutError):
+        jq.matmul(x[:, :64], prepare(weight("w4a16_g64")))
+
+
+def test_explain_says_why_nothing_faster_runs():
+    row = jq.explain(weight("fp8"), batch=16).rows[0]
+    if jax.default_backend() == "cpu":
+        assert row.kernel == "xla" and row.reasons == (("matmul_a8", "this process has no GPU"),)
+    assert "e4m3" in str(jq.explain(weight("fp8")))
+    assert jq.explain(weight("bf16")).rows[0].reasons == ()
+    assert jq.explain(prepare(weight("w4a16_g64"))).rows[0].layout.startswith("int4")
+
+
+def test_old_gpus_are_told_why(monkeypatch):
+    old = pk.Device("NVIDIA A100", "8.0", 108, 163 * 1024)
+    for module in ("matmul_a8", "matmul_a16"):
+        monkeypatch.setattr(f"pallas_kernels.{module}.current_device", lambda: old, raising=False)
+    import sys
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("pallas_kernels.") and hasattr(module, "current_device"):
+            monkeypatch.setattr(module, "current_device", lambda: old)
+    assert "9.0" in reasons_of(activation(), weight("fp8"))["matmul_a8"]
+
+
+def test_a_model_is_prepared_and_saved_plain(tmp_path):
+    from pathlib import Path
+
+    base = jq.from_pretrained(Path(jq.__file__).parent / "bundled" / "tiny-qwen3-moe")
+    small = jq.quantize_model(base, {r".*self_attn.*": "w4a16_g32"})
+    packed = jq.prepare_model(small)
+    ids = jnp.arange(8, dtype=jnp.int32)[None]
+    np.testing.assert_array_equal(packed(ids), small(ids))
+    values = [row.path for row in jq.explain(packed).rows]
+    assert values == [row.path for row in jq.explain(small).rows]
+    kinds = {type(v.get_value()) for v in _weights(packed)}
+    assert Prepared in kinds and Prepared not in {type(v.get_value()) for v in _weights(small)}
+    assert Prepared not in {type(v.get_value()) for v in _weights(unprepare_model(packed))}
+    jq.save_pretrained(packed, tmp_path / "saved")
+    np.testing.assert_array_equal(jq.from_pretrained(tmp_path / "saved")(ids), small(ids))
+
+
+def _weights(model):
+    from flax import nnx
+
+    return [node for _, node in nnx.iter_graph(model) if isinstance(node, jq.QWeight)]
