@@ -16,7 +16,8 @@ from jaxquant.formats.gguf_types import TYPES
 from jaxquant.models import ModelConfig
 from jaxquant.transforms.numeric import as_numpy, quantize
 from tests.convert.gguf_bytes import STRING, build, pair, text
-from tests.convert.test_read_gguf_model import CASES, metadata, open_quietly
+from tests.convert.gguf_models import CASES, metadata
+from tests.convert.test_read_gguf_model import open_quietly
 from tests.formats.test_gguf import KEPT, oracle, random_blocks
 
 
@@ -29,7 +30,9 @@ def opened(tmp_path, name, kind="Q8_0"):
 
 
 def value_of(loaded) -> np.ndarray:
-    return loaded if isinstance(loaded, np.ndarray) else np.asarray(jq.dequantize(loaded))
+    if isinstance(loaded, np.ndarray):
+        return loaded
+    return np.asarray(loaded.data[0] if loaded.layout.dense else jq.dequantize(loaded))
 
 
 @pytest.mark.parametrize("name", CASES)
