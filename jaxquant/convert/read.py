@@ -18,7 +18,11 @@ from jaxquant.arrays.layout import Layout
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.convert.read_checkpoint import Checkpoint as Checkpoint
 from jaxquant.convert.read_checkpoint import open_checkpoint as open_checkpoint
-from jaxquant.convert.read_experts import check_expert_indices, expand_experts
+from jaxquant.convert.read_experts import (
+    check_expert_indices,
+    expand_experts,
+    fill_cold_experts,
+)
 from jaxquant.convert.read_gguf import read_gguf_quantized
 from jaxquant.convert.read_kv import kv_scales as kv_scales
 from jaxquant.errors import FormatError, LayoutError
@@ -206,6 +210,7 @@ def survey(checkpoint: Checkpoint) -> Contents:
     coverage = fmt.coverage(config)
     expanded = expand_experts(checkpoint.tensors, checkpoint.config)
     groups, rest = _group(expanded, fmt.suffixes)
+    fill_cold_experts(groups)
     modules: dict[str, QuantizedModule] = {}
     unquantized: list[str] = []
     for path, tensors in groups.items():

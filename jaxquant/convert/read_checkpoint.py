@@ -219,7 +219,19 @@ def _find_quant_config(directory: Path, config: Mapping[str, Any]) -> dict[str, 
         )
     for name, side in found.items():
         return _side_config(name, side, str(directory / name))
-    return None
+    return _mistral_config(directory / "params.json")
+
+
+def _mistral_config(path: Path) -> dict[str, Any] | None:
+    """Mistral's own description: ``params.json`` with a "quantization" object."""
+    if not path.is_file():
+        return None
+    section = _section(load_object(path), "quantization", str(path))
+    if section is None:
+        return None
+    if section.get("qformat_weight") != "fp8_e4m3":
+        raise FormatError(f"{path}: quantization", repr(section)[:80], "qformat_weight fp8_e4m3")
+    return {"quant_method": "fp8", "fmt": "e4m3"}
 
 
 def _side_config(name: str, side: dict[str, Any], where: str) -> dict[str, Any]:

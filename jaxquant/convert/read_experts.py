@@ -6,11 +6,14 @@ Whether a stack is transposed or interleaved follows from the model type, never 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from jaxquant.errors import FormatError
-from jaxquant.formats.base import RawTensor
+from jaxquant.formats.base import FormatWarning, RawTensor
 
 STACK = re.compile(
     r"(?P<stem>.*\.experts)\.(?P<part>gate_up_proj|down_proj|gate_proj|up_proj)(?P<tail>.*)"
@@ -119,3 +122,38 @@ def check_expert_indices(paths: Iterable[str], config: Mapping[str, Any], where:
                 f"{count} experts, numbered from 0",
                 "the checkpoint is incomplete, or its config belongs to another one",
             )
+
+
+def fill_cold_experts(groups: Mapping[str, dict[str, RawTensor]]) -> None:
+    """Give experts that calibration never reached the activation scale of the others, in place.
+
+    Such an expert has no ``input_scale``, or one that is 0 or infinite; it takes the largest of its
+    layer and projection (the smallest where reciprocals are stored).
+    """
+    columns: dict[str, list[str]] = {}
+    for path in groups:
+        cut = re.fullmatch(r"(.*\.experts)\.\d+\.(.*)", path)
+        if cut:
+            columns.setdefault(f"{cut[1]}.*.{cut[2]}", []).append(path)
+    for name, paths in columns.items():
+        for suffix, choose in (("input_scale", max), ("input_global_scale", min)):
+            present = {path: groups[path][suffix] for path in paths if suffix in groups[path]}
+            warm: list[tuple[float, RawTensor]] = []
+            for tensor in present.values():
+                value = float(np.max(tensor.read().astype(np.float32), initial=0))
+                if np.isfinite(value) and value > 0:
+                    warm.append((value, tensor))
+            cold = [path for path in paths if path not in present]
+            known = {id(tensor) for _, tensor in warm}
+            cold += [path for path, tensor in present.items() if id(tensor) not in known]
+            if not cold or not warm:
+                continue
+            donor = choose(warm, key=lambda pair: pair[0])[1]
+            warnings.warn(
+                f"{donor.file}: {name}: {len(cold)} experts have no usable {suffix}; they take "
+                f"{donor.name}",
+                FormatWarning,
+                stacklevel=4,
+            )
+            for path in cold:
+                groups[path][suffix] = donor

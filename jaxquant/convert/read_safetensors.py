@@ -6,6 +6,8 @@ tiled exactly, and nothing is allocated in proportion to a number that the file 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import mmap
 import struct
@@ -162,16 +164,42 @@ def read_safetensors(path: Path) -> SafetensorsFile:
             raise FormatError(where, f"more than {MAX_TENSORS} tensors", "split it into shards")
         dtype, shape, begin, end = _entry(f"{where}: {name}", buffer[low:high], data_bytes)
         spans.append((begin, end, name))
+        offset, size = start + begin, end - begin
         tensors[name] = RawTensor(
-            name, dtype, shape, where, _reader(buffer, dtype, shape, start + begin, end - begin)
+            name,
+            dtype,
+            shape,
+            where,
+            _reader(buffer, dtype, shape, offset, size),
+            functools.partial(release_pages, buffer, offset, size),
         )
     _check_tiling(where, spans, data_bytes)
     return SafetensorsFile(tensors, metadata)
 
 
+# Linux 5.14 and later: map all pages of a range at once instead of one by one as they are touched.
+_MADV_POPULATE_READ = 22
+LARGE = 1 << 20
+
+
+def _populate(buffer: mmap.mmap, offset: int, size: int) -> None:
+    start = offset - offset % mmap.PAGESIZE
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        buffer.madvise(_MADV_POPULATE_READ, start, offset + size - start)
+
+
+def release_pages(buffer: mmap.mmap, offset: int, size: int) -> None:
+    """Drop a range of a mapped file from this process's memory; reading it again maps it anew."""
+    start = offset - offset % mmap.PAGESIZE
+    if size and hasattr(mmap, "MADV_DONTNEED"):
+        buffer.madvise(mmap.MADV_DONTNEED, start, offset + size - start)
+
+
 def _reader(buffer: mmap.mmap, name: str, shape: tuple[int, ...], offset: int, size: int) -> Any:
     def read() -> np.ndarray:
         dtype = numpy_dtype(name)
+        if size >= LARGE:
+            _populate(buffer, offset, size)
         octets = np.frombuffer(buffer, np.uint8, size, offset)
         if DTYPES[name][1] < 8:
             return octets.reshape(*shape[:-1], -1)

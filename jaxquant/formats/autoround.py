@@ -115,8 +115,9 @@ def _slots(spec: Any, shape: tuple[int, int]) -> tuple[Slot, ...]:
 
 
 def _decode(arrays: Mapping[str, np.ndarray], spec: Any, shape: tuple[int, int]) -> QTensor:
-    decode = awq_decode if isinstance(spec, AWQSpec) else gptq_decode
-    return decode(arrays, spec, shape)
+    if isinstance(spec, AWQSpec):
+        return awq_decode(arrays, spec, shape)
+    return gptq_decode(arrays, spec, shape)
 
 
 def _encode(q: QTensor, spec: Any) -> dict[str, np.ndarray]:

@@ -83,6 +83,7 @@ class RawTensor:
         shape: shape on disk.
         file: file it lies in, for error messages.
         read: returns the array (a read-only view of the file where that is possible).
+        release: gives the memory behind such views back; they stay valid and are read again.
     """
 
     name: str
@@ -90,6 +91,7 @@ class RawTensor:
     shape: tuple[int, ...]
     file: str
     read: Callable[[], np.ndarray] = dataclasses.field(repr=False, compare=False)
+    release: Callable[[], None] = dataclasses.field(default=lambda: None, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:

@@ -8,6 +8,8 @@ and ``mxfp4-pack-quantized``.  The tensors that a module has decide which; the c
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -64,16 +66,28 @@ SUFFIXES = (
     "weight_shape",
     "weight_g_idx",
     "weight_global_scale",
+    "weight_scale_2",
     "input_scale",
     "input_zero_point",
     "input_global_scale",
 )
 MARKERS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_global_scale")
+_GROUP_KEYS = ("config_groups", "format", "sparsity_config", "transform_config")
 REFUSED = ("marlin-24", "sparse-bitmask", "sparse-24-bitmask", "mxfp6-pack-quantized")
 
 
+def _groups(config: Mapping[str, Any]) -> tuple[Group, ...]:
+    return _parsed(json.dumps({key: config.get(key) for key in _GROUP_KEYS}, sort_keys=True))
+
+
+@functools.lru_cache(8)
+def _parsed(text: str) -> tuple[Group, ...]:
+    """One parse for all modules of a checkpoint."""
+    return parse_groups(json.loads(text))
+
+
 def _coverage(config: Mapping[str, Any]) -> Coverage:
-    groups = parse_groups(config)
+    groups = _groups(config)
 
     def targeted(path: str) -> bool:
         group = group_of(groups, path)
@@ -83,7 +97,7 @@ def _coverage(config: Mapping[str, Any]) -> Coverage:
 
 
 def _spec(config: Mapping[str, Any], module: RawModule) -> Spec | None:
-    group = group_of(parse_groups(config), module.path)
+    group = group_of(_groups(config), module.path)
     if group is None or group.weights is None:
         return None
     if group.format in REFUSED:
