@@ -20,7 +20,7 @@ from jaxquant.convert.gguf_model import EMBEDDING, rotary_rows
 from jaxquant.convert.gguf_names import FAMILIES, PERMUTED, gguf_name
 from jaxquant.convert.write_gguf import Part, array_part, write_gguf
 from jaxquant.errors import ConfigError, FormatError
-from jaxquant.formats import gguf
+from jaxquant.formats import gguf, gguf_encode
 from jaxquant.formats.gguf_types import TYPES, GgmlType
 from jaxquant.models import ModelConfig
 from jaxquant.nn.rope import Rope, frequencies, yarn_mscale
@@ -159,7 +159,7 @@ def exact_type(q: QTensor) -> GgmlType:
         if grid % _GROUP == 0 and q.extent("in") % _GROUP == 0:
             forms.append(jax.eval_shape(_in_groups, q))
     for form in forms:
-        kind = gguf.type_of(form)
+        kind = gguf_encode.type_of(form)
         if kind is None:
             continue
         like = gguf.abstract(kind, (1, q.extent("in")), kind.name == "NVFP4" and len(q.scales) == 2)
@@ -187,12 +187,12 @@ def _bytes_of(q: QTensor, kind: GgmlType, rows: np.ndarray | None, exact: bool, 
     """The blocks of one weight, ``[rows, row bytes]``."""
     plain = q.perm is None and q.pre_scale is None
     if exact and plain and exact_type(q) == kind and (kind.name != "F32" or q.layout.dense):
-        raw = gguf.encode(as_numpy(q), kind, name)
+        raw = gguf_encode.encode(as_numpy(q), kind, name)
     else:
         values = np.asarray(dequantize(q))
         if q.pre_scale is not None:
             values = values * np.asarray(q.pre_scale, np.float32).reshape(1, -1)
-        raw = gguf.quantize(values, kind, name)
+        raw = gguf_encode.quantize(values, kind, name)
     blocks = raw.reshape(q.extent("out"), -1)
     return blocks if rows is None else blocks[rows]
 
@@ -266,7 +266,7 @@ class _Exporter:
 
         def data() -> np.ndarray:
             values = np.asarray(self.load(name)).astype(np.float32)
-            return gguf.quantize(values if rows is None else values[rows], kind, name)
+            return gguf_encode.quantize(values if rows is None else values[rows], kind, name)
 
         return Part(stem, kind, shape, data)
 

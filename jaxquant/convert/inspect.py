@@ -102,6 +102,12 @@ def _directory_entries(path: Path) -> list[Entry]:
 
 
 def _gguf_entries(path: Path) -> list[Entry]:
+    file = open_gguf(path)
+
+    def scales(name: str) -> list[np.ndarray]:
+        found = file.scales(name)
+        return [] if found is None else [found]
+
     return [
         Entry(
             name,
@@ -109,10 +115,10 @@ def _gguf_entries(path: Path) -> list[Entry]:
             tensor.shape,
             _bits(tensor.nbytes, tensor.shape),
             tensor.nbytes,
-            None,
+            _scale_range(scales(name)),
             str(path),
         )
-        for name, tensor in open_gguf(path).tensors.items()
+        for name, tensor in file.tensors.items()
     ]
 
 

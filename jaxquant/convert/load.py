@@ -45,6 +45,7 @@ class _Reader:
         self._pool = concurrent.futures.ThreadPoolExecutor(AHEAD)
         self._pending: collections.deque[tuple[str, concurrent.futures.Future[Any]]]
         self._pending = collections.deque()
+        self._last: Item | None = None
 
     def __enter__(self) -> _Reader:
         for _ in range(AHEAD):
@@ -60,6 +61,10 @@ class _Reader:
             self._pending.append((name, self._pool.submit(self._items[name].load)))
 
     def __call__(self, name: str) -> Any:
+        # The builder has copied what it asked for last.
+        if self._last is not None:
+            self._last.release()
+        self._last = self._items[name]
         expected, future = self._pending.popleft()
         assert expected == name, f"loaded out of order: {name} instead of {expected}"
         value = future.result()

@@ -127,6 +127,15 @@ class Gguf:
         scale = self.tensor_scale(tensor)
         return gguf.decode(tensor.read(), tensor.kind, tensor.shape, tensor.where, scale)
 
+    def scales(self, name: str) -> np.ndarray | None:
+        """The scales of a quantized tensor, float32 ``[blocks, scales]``; None for plain numbers.
+
+        Raises:
+            FormatError: no such tensor, or its scales are damaged.
+        """
+        tensor = self.tensor(name)
+        return gguf.scales_of(tensor.read(), tensor.kind, tensor.shape, tensor.where)
+
     def tensor_scale(self, tensor: GgufTensor) -> np.ndarray | None:
         """The float32 factor of an NVFP4 tensor: one number, or one for each stacked weight."""
         if tensor.dtype != "NVFP4":

@@ -43,6 +43,7 @@ class Item:
         nbytes: bytes on disk.
         format: short name of the format, "array" for what is no linear weight.
         origin: the checkpoint it comes from.
+        release: gives back the memory of the file behind what was loaded.
     """
 
     abstract: Any
@@ -50,6 +51,7 @@ class Item:
     nbytes: int
     format: str
     origin: str
+    release: Callable[[], None] = dataclasses.field(default=lambda: None, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +74,17 @@ class ModelSource:
 
 
 def _module_item(module: QuantizedModule, origin: str) -> Item:
-    return Item(module.abstract(), module.load, module.nbytes, module.format.name, origin)
+    def release() -> None:
+        for tensor in module.raw.values():
+            tensor.release()
+
+    name = module.format.name
+    return Item(module.abstract(), module.load, module.nbytes, name, origin, release)
 
 
 def _array_item(tensor: RawTensor, origin: str) -> Item:
     shape = jax.ShapeDtypeStruct(tensor.shape, numpy_dtype(tensor.dtype))
-    return Item(shape, tensor.read, tensor.nbytes, "array", origin)
+    return Item(shape, tensor.read, tensor.nbytes, "array", origin, tensor.release)
 
 
 def _loaded_item(value: np.ndarray, origin: str) -> Item:
@@ -178,6 +185,7 @@ def _scheme_item(item: Item, scheme: Scheme) -> Item:
         item.nbytes,
         str(scheme),
         item.origin,
+        item.release,
     )
 
 

@@ -22,7 +22,7 @@ from jaxquant.convert.gguf_header import (
 )
 from jaxquant.convert.gguf_metadata import ARRAY, BOOL, SCALARS, STRING
 from jaxquant.errors import FormatError
-from jaxquant.formats import gguf
+from jaxquant.formats import gguf_encode
 from jaxquant.formats.gguf_types import TYPES, GgmlType
 
 _KINDS = {np.dtype(name): number for number, (name, _) in SCALARS.items()}
@@ -57,7 +57,7 @@ def parts_of(name: str, q: QTensor, kind: GgmlType) -> list[Part]:
         q: ``[*lead, out, in]``, in the layout of ``kind``.
         kind: type to write.
     """
-    parts = [Part(name, kind, q.shape, lambda: gguf.encode(q, kind, name))]
+    parts = [Part(name, kind, q.shape, lambda: gguf_encode.encode(q, kind, name))]
     if kind.name == "NVFP4" and len(q.scales) == 2:
         scale = np.asarray(q.scales[1], np.float32).reshape(-1)
         stem = name.removesuffix(".weight")
@@ -72,7 +72,7 @@ def array_part(name: str, array: Any, kind: str = "F32") -> Part:
         raise FormatError(name, f"type {kind!r}", f"one of {', '.join(TYPES)}")
 
     def data() -> np.ndarray:
-        return gguf.quantize(array.astype(np.float32), TYPES[kind], name)
+        return gguf_encode.quantize(array.astype(np.float32), TYPES[kind], name)
 
     return Part(name, TYPES[kind], array.shape, data)
 

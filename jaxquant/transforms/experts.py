@@ -18,6 +18,7 @@ import numpy as np
 from jaxquant.arrays.bank import ExpertBank, ExpertPlan, Run
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.errors import PlanError
+from jaxquant.transforms.repack import aligned_empty
 from jaxquant.transforms.structure import index_lead
 
 
@@ -136,7 +137,9 @@ def _stack(experts: Sequence[int], load: Callable[[int], QTensor], where: str) -
     expected, count = signature(first), len(experts)
     on_host = all(isinstance(leaf, np.ndarray) for leaf in leaves)
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
-    stacked: list[Any] = [np.empty((count, *leaf.shape), leaf.dtype) for leaf in leaves * on_host]
+    stacked: list[Any] = [
+        aligned_empty((count, *leaf.shape), leaf.dtype) for leaf in leaves * on_host
+    ]
     columns: list[list[Any]] = [[] for _ in leaves]
     for i, expert in enumerate(experts):
         q = first if i == 0 else load(expert)
