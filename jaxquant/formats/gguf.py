@@ -34,11 +34,10 @@ from jaxquant.errors import FormatError
 from jaxquant.formats.gguf_blocks import BlockFormat, Parts
 from jaxquant.formats.gguf_codebook import CODEBOOK_TYPES, dequantize_codebook
 from jaxquant.formats.gguf_kquants import K_QUANTS
-from jaxquant.formats.gguf_legacy import LEGACY, quantize_q4_0, quantize_q8_0
+from jaxquant.formats.gguf_legacy import LEGACY
 from jaxquant.formats.gguf_tables import TABLE_TYPES
-from jaxquant.formats.gguf_types import TYPES, GgmlType
-from jaxquant.transforms.repack import pack_codes, unpack_codes
-from jaxquant.transforms.structure import refine, to_axes
+from jaxquant.formats.gguf_types import GgmlType
+from jaxquant.transforms.repack import pack_codes
 
 AXES = ("out", "in")
 BLOCK_FORMATS: dict[str, BlockFormat] = {
@@ -54,7 +53,7 @@ PLAIN_DTYPES: dict[str, np.dtype] = {
     "I32": np.dtype("<i4"),
     "I64": np.dtype("<i8"),
 }
-_DENSE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+DENSE_CODES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _CHUNK = 1 << 20
 """Elements decoded at a time: bounds the temporaries, and they stay in the cache."""
 
@@ -84,7 +83,7 @@ def layout_of(kind: GgmlType, inputs: int, tensor_scale: bool = False) -> Layout
         )
     if kind.name.startswith("I") and kind.name in PLAIN_DTYPES:
         raise FormatError(kind.name, "an integer tensor", "it is no weight", "read it as an array")
-    return dense_layout(CODES[_DENSE.get(kind.name, "f32")], AXES)
+    return dense_layout(CODES[DENSE_CODES.get(kind.name, "f32")], AXES)
 
 
 def _row_chunks(rows: int, inputs: int) -> Iterator[slice]:
@@ -99,7 +98,8 @@ def _blocks(raw: np.ndarray, kind: GgmlType, rows: slice, inputs: int) -> np.nda
     return raw[rows.start * row_bytes : rows.stop * row_bytes].reshape(-1, kind.bytes)
 
 
-def _check_finite(parts: Parts, where: str) -> None:
+def check_finite(parts: Parts, where: str) -> None:
+    """Raise where a scale or offset is infinite or no number."""
     for leaf in (*parts.scales, *parts.zeros):
         if leaf.dtype.itemsize > 1 or leaf.dtype == ml_dtypes.float8_e8m0fnu:
             bad = ~np.isfinite(leaf.astype(np.float32))
@@ -141,7 +141,7 @@ def decode(
     *lead, out, inputs = shape
     rows = int(np.prod(lead, dtype=np.int64)) * out
     layout = layout_of(kind, inputs, tensor_scale is not None)
-    if kind.name in _DENSE:
+    if kind.name in DENSE_CODES:
         return dense(raw.view(PLAIN_DTYPES[kind.name]).reshape(tuple(shape)), AXES)
     if layout.dense:
         return dense(dequantize(raw, kind, shape, where), AXES)
@@ -149,7 +149,7 @@ def decode(
     leaves: list[np.ndarray] = []
     for chunk in _row_chunks(rows, inputs):
         parts = fmt.split(_blocks(raw, kind, chunk, inputs))
-        _check_finite(parts, where)
+        check_finite(parts, where)
         patterns = parts.patterns.reshape(-1, inputs)
         planes = pack_codes(patterns, fmt.code, layout.data)
         count = chunk.stop - chunk.start
@@ -233,7 +233,7 @@ def dequantize(
             continue
         fmt = BLOCK_FORMATS[kind.name]
         parts = fmt.split(blocks)
-        _check_finite(parts, where)
+        check_finite(parts, where)
         value = _product(parts.scales, _values(parts.patterns, fmt.code))
         if fmt.zero_steps:
             value -= _product(parts.zeros, np.ones_like(value))
@@ -241,120 +241,28 @@ def dequantize(
     return result.reshape(tuple(shape))
 
 
-def type_of(q: QTensor) -> GgmlType | None:
-    """The GGUF type that holds ``q`` exactly as it is laid out, or None.
-
-    A layout does not say in which dtype its scales are; :func:`encode` checks that they fit.
-    """
-    layout = to_axes(q, AXES).layout
-    if layout.dense:
-        return TYPES[{code: name for name, code in _DENSE.items()}[layout.code.name]]
-    inputs = q.extent("in")
-    for fmt in reversed(BLOCK_FORMATS.values()):
-        if fmt.join is None or inputs % fmt.type.elements:
-            continue
-        scaled = fmt.type.name == "NVFP4" and len(layout.scales) == 2
-        if layout == layout_of(fmt.type, inputs, scaled):
-            return fmt.type
-    return None
-
-
-def _fitted(q: QTensor, fmt: BlockFormat, where: str) -> QTensor:
-    """``q`` in the layout of ``fmt``, with finer scale cells where its groups are larger."""
-    if q.perm is not None or q.pre_scale is not None:
-        raise FormatError(where, "an act-order or pre-scaled weight", "GGUF has no place for it")
-    q = to_axes(q, AXES)
-    inputs = q.extent("in")
-    if inputs % fmt.type.elements == 0:
-        layout = layout_of(fmt.type, inputs, fmt.type.name == "NVFP4" and len(q.scales) == 2)
-        if q.layout == layout:
-            return q
-        same = (q.layout.code, q.layout.affine) == (layout.code, layout.affine)
-        if same and len(q.scales) == len(layout.scales) == 1:
-            step = q.layout.scales[0][1]
-            if step == WHOLE or step % fmt.scale_steps[0] == 0:
-                q = refine(refine(q, "out", 1), "in", fmt.scale_steps[0])
-                if q.layout == layout:
-                    return q
-    rule = f"{fmt.type.name} blocks of {fmt.type.elements} inputs"
-    raise FormatError(where, f"{q.layout} of {inputs} inputs", rule, "quantize() to this type")
-
-
-def encode(q: QTensor, kind: GgmlType, where: str = "tensor") -> np.ndarray:
-    """Write a QTensor as GGUF blocks without rounding anything.
-
-    The float32 factor of an NVFP4 tensor is no part of its blocks; it is ``q.scales[1]``.
+def scales_of(
+    raw: np.ndarray, kind: GgmlType, shape: Sequence[int], where: str = "tensor"
+) -> np.ndarray | None:
+    """The scales of a tensor, sub-scales multiplied by super-scales, or None for plain numbers.
 
     Args:
-        q: ``[*lead, out, in]`` in the layout of ``kind``, or with larger groups of it.
-        kind: the type to write.
-        where: tensor name, for errors.
+        raw: uint8, all bytes of the tensor.
+        kind: its type; codebook types give None too.
+        shape: logical shape.
+        where: file and tensor, for errors.
     Returns:
-        uint8, all bytes of the tensor.
+        float32 ``[blocks, scales of a block]``.
     Raises:
-        FormatError: the layout is another, or a scale does not fit its dtype in the file.
+        FormatError: scales are not finite.
     """
-    if kind.name in PLAIN_DTYPES:
-        q = to_axes(q, AXES)
-        array = np.ascontiguousarray(q.data[0])
-        if not q.layout.dense or array.dtype != PLAIN_DTYPES[kind.name]:
-            raise FormatError(where, str(q.layout), f"a dense {kind.name} array")
-        return array.reshape(-1).view(np.uint8)
-    fmt = BLOCK_FORMATS.get(kind.name)
-    if fmt is None or fmt.join is None:
-        raise FormatError(where, f"type {kind.name}", "it can be read but not written")
-    q = _fitted(q, fmt, where)
-    like = fmt.split(np.zeros((1, kind.bytes), np.uint8))
-    elements = kind.elements
-
-    def leaf(array: np.ndarray, like: np.ndarray, cells: int) -> np.ndarray:
-        array = np.asarray(array)
-        with np.errstate(over="ignore"):
-            cast = array.astype(like.dtype)
-        if not np.array_equal(cast.astype(np.float32), array.astype(np.float32)):
-            raise FormatError(
-                where, f"scales that {like.dtype} cannot hold", f"{kind.name} keeps {like.dtype}"
-            )
-        return cast.reshape(-1, cells)
-
-    counts = [elements // step for step in (*fmt.scale_steps, *fmt.zero_steps)]
-    leaves = [
-        leaf(array, example, count)
-        for array, example, count in zip(
-            (*q.scales[: len(fmt.scale_steps)], *q.zeros),
-            (*like.scales, *like.zeros),
-            counts,
-            strict=True,
-        )
-    ]
-    planes = tuple(np.asarray(plane) for plane in q.data)
-    patterns = unpack_codes(planes, fmt.code, q.layout.data).reshape(-1, elements)
-    split = len(fmt.scale_steps)
-    joined = fmt.join(Parts(patterns, tuple(leaves[:split]), tuple(leaves[split:])))
-    return joined.reshape(-1)
-
-
-def quantize(values: np.ndarray, kind: GgmlType, where: str = "tensor") -> np.ndarray:
-    """Quantize numbers to GGUF blocks: Q8_0 and Q4_0 bit for bit as llama.cpp, or plain floats.
-
-    Args:
-        values: float32, any shape whose last axis is a multiple of the block.
-        kind: the type to write.
-        where: tensor name, for errors.
-    Returns:
-        uint8, all bytes of the tensor.
-    Raises:
-        FormatError: no quantizer for this type, a ragged last axis, or values out of range.
-    """
-    if not np.isfinite(values).all():
-        raise FormatError(where, "values that are not finite", "weights are numbers")
-    if kind.name in ("F32", "F16", "BF16"):
-        return np.ascontiguousarray(values).astype(PLAIN_DTYPES[kind.name]).reshape(-1).view("u1")
-    quantizer = {"Q8_0": quantize_q8_0, "Q4_0": quantize_q4_0}.get(kind.name)
-    if quantizer is None:
-        raise FormatError(where, f"type {kind.name}", "weights are quantized to Q8_0 or Q4_0")
-    if values.shape[-1] % kind.elements:
-        raise FormatError(where, f"{values.shape[-1]} inputs", f"a multiple of {kind.elements}")
-    blocks = quantizer(np.ascontiguousarray(values, np.float32).reshape(-1, kind.elements))
-    _check_finite(BLOCK_FORMATS[kind.name].split(blocks), where)
-    return blocks.reshape(-1)
+    if kind.name not in BLOCK_FORMATS:
+        return None
+    inputs, rows = shape[-1], int(np.prod(shape[:-1], dtype=np.int64))
+    found = []
+    for chunk in _row_chunks(rows, inputs):
+        parts = BLOCK_FORMATS[kind.name].split(_blocks(raw, kind, chunk, inputs))
+        check_finite(parts, where)
+        fine = parts.scales[0].astype(np.float32)
+        found.append(_product(parts.scales[1:], fine))
+    return np.concatenate(found)

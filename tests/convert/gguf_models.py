@@ -5,7 +5,7 @@ Weights are transformed here by hand, row by row where order matters, independen
 
 import numpy as np
 
-from jaxquant.formats import gguf
+from jaxquant.formats import gguf_encode
 from jaxquant.formats.gguf_types import TYPES
 from tests.convert.gguf_bytes import BOOL, F32, STRING, U32, Tensor, pair, scalar, text
 
@@ -132,7 +132,7 @@ class Files:
         for name, value in self.file.items():
             fits = value.ndim > 1 and value.shape[-1] % 32 == 0 and "gate_inp" not in name
             chosen = TYPES[kind if fits else "F32"]
-            data = gguf.quantize(value, chosen).tobytes()
+            data = gguf_encode.quantize(value, chosen).tobytes()
             result.append(Tensor(name, tuple(reversed(value.shape)), chosen.id, data))
         return result
 
@@ -230,7 +230,7 @@ CASES = {
     ),
     "deepseek2": (
         deepseek_family(False, False),
-        metadata("deepseek2", **MOE, **LATENT_KEYS, **WHOLE),
+        metadata("deepseek2", **MOE, **(LATENT_KEYS | WHOLE | {"expert_weights_norm": False})),
         "deepseek_v2",
     ),
     "deepseek3 split": (

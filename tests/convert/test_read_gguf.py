@@ -12,7 +12,7 @@ import pytest
 import jaxquant as jq
 from jaxquant.convert.read_gguf import open_gguf, read_gguf_quantized
 from jaxquant.errors import FormatError
-from jaxquant.formats import gguf
+from jaxquant.formats import gguf_encode
 from jaxquant.formats.gguf_types import TYPES
 from tests.convert.gguf_bytes import (
     ARRAY,
@@ -267,7 +267,7 @@ def test_corpus_is_decoded_bit_for_bit(path, expected):
         if q.layout.dense:
             assert digest(np.asarray(q.data[0], np.float32)) == facts["sha256_f32"], name
         else:
-            packed = gguf.encode(q, file.tensors[name].kind)
+            packed = gguf_encode.encode(q, file.tensors[name].kind)
             np.testing.assert_array_equal(packed, file.tensors[name].read())
 
 

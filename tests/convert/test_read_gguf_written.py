@@ -9,7 +9,7 @@ import jaxquant as jq
 from jaxquant.convert.read_gguf import open_gguf
 from jaxquant.convert.write_gguf import Part, array_part, parts_of, write_gguf
 from jaxquant.errors import FormatError
-from jaxquant.formats import gguf
+from jaxquant.formats import gguf, gguf_encode
 from jaxquant.formats.gguf_types import TYPES
 from tests.formats.test_gguf import KEPT, oracle, random_blocks
 
@@ -70,11 +70,11 @@ def example_parts():
         shape = (2, 3, 512)
         raw = random_blocks(name, shape)
         q = gguf.decode(raw, TYPES[name], shape)
-        raws[f"{name}.weight"] = gguf.encode(q, TYPES[name])
+        raws[f"{name}.weight"] = gguf_encode.encode(q, TYPES[name])
         parts += parts_of(f"{name}.weight", q, TYPES[name])
     values = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
     for kind in ("F32", "F16", "BF16", "Q8_0", "Q4_0"):
-        raws[f"array.{kind}"] = gguf.quantize(values, TYPES[kind])
+        raws[f"array.{kind}"] = gguf_encode.quantize(values, TYPES[kind])
         parts.append(array_part(f"array.{kind}", values, kind))
     return parts, raws
 

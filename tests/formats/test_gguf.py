@@ -9,7 +9,7 @@ import pytest
 
 from jaxquant.arrays.codes import CODES
 from jaxquant.errors import FormatError, LayoutError
-from jaxquant.formats import gguf
+from jaxquant.formats import gguf, gguf_encode
 from jaxquant.formats.gguf_codebook import CODEBOOK_TYPES
 from jaxquant.formats.gguf_types import BY_ID, REFUSED, TYPES, type_of_id
 from jaxquant.transforms import numeric, structure
@@ -155,13 +155,15 @@ def test_repacking_is_lossless(name):
     kind, shape = TYPES[name], (2, 3, 512)
     raw = random_blocks(name, shape, 4)
     q = gguf.decode(raw, kind, shape)
-    again = gguf.encode(q, kind)
+    again = gguf_encode.encode(q, kind)
     assert gguf.dequantize(again, kind, shape).tobytes() == (
         gguf.dequantize(raw, kind, shape).tobytes()
     )
     if name in ("MXFP4", "NVFP4", "TQ1_0"):
         # Random bytes are no canonical form of these: two zeros, unused base-3 numbers.
-        np.testing.assert_array_equal(gguf.encode(gguf.decode(again, kind, shape), kind), again)
+        np.testing.assert_array_equal(
+            gguf_encode.encode(gguf.decode(again, kind, shape), kind), again
+        )
     else:
         np.testing.assert_array_equal(again, raw)
 
@@ -182,8 +184,8 @@ def test_quantizers_match_golden_bytes():
     x = ((np.arange(32) - 16) / 8).astype(np.float32)
     q8 = "082481899199a1a9b1b9c0c8d0d8e0e8f0f8000810182028303840474f575f676f77"
     q4 = "0034809191a2a2b3b3c4c4d5d5e6e6f7f7f8"
-    assert gguf.quantize(x, TYPES["Q8_0"]).tobytes().hex() == q8
-    assert gguf.quantize(x, TYPES["Q4_0"]).tobytes().hex() == q4
+    assert gguf_encode.quantize(x, TYPES["Q8_0"]).tobytes().hex() == q8
+    assert gguf_encode.quantize(x, TYPES["Q4_0"]).tobytes().hex() == q4
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_0"])
@@ -195,18 +197,18 @@ def test_quantizers_equal_the_gguf_package(name, scale):
     x[0] = 0
     x[1, :32] = np.round(x[1, :32] / scale * 4) * np.float32(scale) / 4
     expected = package.quants.quantize(x, package.GGMLQuantizationType[name]).reshape(-1)
-    np.testing.assert_array_equal(gguf.quantize(x, TYPES[name]), expected)
+    np.testing.assert_array_equal(gguf_encode.quantize(x, TYPES[name]), expected)
 
 
 @pytest.mark.parametrize("name", ["F32", "F16", "BF16"])
 def test_plain_floats_round_trip(name):
     x = np.random.default_rng(6).normal(size=(4, 96)).astype(gguf.PLAIN_DTYPES[name])
-    raw = gguf.quantize(x.astype(np.float32), TYPES[name])
+    raw = gguf_encode.quantize(x.astype(np.float32), TYPES[name])
     q = gguf.decode(raw, TYPES[name], x.shape)
     assert q.layout.dense
-    assert gguf.type_of(q) == TYPES[name]
+    assert gguf_encode.type_of(q) == TYPES[name]
     np.testing.assert_array_equal(q.data[0], x)
-    np.testing.assert_array_equal(gguf.encode(q, TYPES[name]), raw)
+    np.testing.assert_array_equal(gguf_encode.encode(q, TYPES[name]), raw)
 
 
 @pytest.mark.parametrize("name", KEPT)
@@ -241,8 +243,8 @@ def test_nvfp4_tensor_scale_is_a_leaf():
     q = gguf.decode(raw, kind, shape, tensor_scale=np.float32([0.25]))
     plain = gguf.dequantize(raw, kind, shape)
     np.testing.assert_array_equal(np.asarray(dequantize(q)), plain * np.float32(0.25))
-    assert gguf.type_of(q) == kind
-    again = gguf.encode(q, kind)
+    assert gguf_encode.type_of(q) == kind
+    again = gguf_encode.encode(q, kind)
     np.testing.assert_array_equal(gguf.dequantize(again, kind, shape), plain)
     for bad in ([np.nan], [1, 2, 3], []):
         with pytest.raises(FormatError, match="tensor scale"):
@@ -260,7 +262,7 @@ def test_nvfp4_stacked_weights_have_a_scale_each():
 def test_group_of_128_is_written_as_q4_0():
     w = np.random.default_rng(8).normal(size=(4, 256)).astype(np.float32)
     q = numeric.as_numpy(numeric.quantize(w, "w4a16_g128", ("out", "in")))
-    raw = gguf.encode(q, TYPES["Q4_0"])
+    raw = gguf_encode.encode(q, TYPES["Q4_0"])
     np.testing.assert_array_equal(
         gguf.dequantize(raw, TYPES["Q4_0"], w.shape), np.asarray(dequantize(q))
     )
@@ -270,7 +272,7 @@ def test_scales_that_do_not_fit_are_refused():
     w = np.random.default_rng(8).normal(size=(4, 256)).astype(np.float32) * 1e-9
     q = numeric.as_numpy(numeric.quantize(w, "w4a16_g32", ("out", "in")))
     with pytest.raises(FormatError, match="cannot hold"):
-        gguf.encode(q, TYPES["Q4_0"], "blk.0.ffn_up")
+        gguf_encode.encode(q, TYPES["Q4_0"], "blk.0.ffn_up")
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q6_K", "F32", "Q8_1", "IQ2_S"])
@@ -278,7 +280,7 @@ def test_encode_refuses_another_layout(name):
     w = np.random.default_rng(8).normal(size=(4, 256)).astype(np.float32)
     q = numeric.as_numpy(numeric.quantize(w, "w8a16_g128", ("out", "in")))
     with pytest.raises(FormatError, match="blk"):
-        gguf.encode(q, TYPES[name], "blk.0.ffn_up")
+        gguf_encode.encode(q, TYPES[name], "blk.0.ffn_up")
 
 
 @pytest.mark.parametrize("name", [n for n in KEPT if n != "NVFP4"])
@@ -347,13 +349,13 @@ def test_integers_are_no_weights():
 
 def test_quantize_refuses():
     with pytest.raises(FormatError, match="multiple of 32"):
-        gguf.quantize(np.ones((2, 33), np.float32), TYPES["Q8_0"], "t")
+        gguf_encode.quantize(np.ones((2, 33), np.float32), TYPES["Q8_0"], "t")
     with pytest.raises(FormatError, match="Q8_0 or Q4_0"):
-        gguf.quantize(np.ones((2, 256), np.float32), TYPES["Q4_K"], "t")
+        gguf_encode.quantize(np.ones((2, 256), np.float32), TYPES["Q4_K"], "t")
     with pytest.raises(FormatError, match="not finite"):
-        gguf.quantize(np.full((2, 32), np.nan, np.float32), TYPES["Q8_0"], "t")
+        gguf_encode.quantize(np.full((2, 32), np.nan, np.float32), TYPES["Q8_0"], "t")
     with pytest.raises(FormatError, match="not finite"):
-        gguf.quantize(np.full((2, 32), 1e38, np.float32), TYPES["Q8_0"], "t")
+        gguf_encode.quantize(np.full((2, 32), 1e38, np.float32), TYPES["Q8_0"], "t")
 
 
 def test_padding_a_table_without_zero_is_refused():
@@ -383,3 +385,21 @@ def test_scale_dtypes_are_those_of_the_file():
     assert q.scales[0].dtype == ml_dtypes.float8_e8m0fnu
     q = gguf.decode(random_blocks("Q6_K", (2, 256)), TYPES["Q6_K"], (2, 256))
     assert [s.dtype for s in q.scales] == [np.int8, np.float16]
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_scales_are_the_products(name):
+    kind, shape = TYPES[name], (3, 512)
+    raw = random_blocks(name, shape)
+    q = gguf.decode(raw, kind, shape)
+    expected = np.asarray(q.scales[0], np.float32).reshape(3, -1)
+    if len(q.scales) == 2:
+        times = expected.shape[1] // q.scales[1].shape[1]
+        expected = expected * np.repeat(q.scales[1].astype(np.float32), times, axis=1)
+    found = gguf.scales_of(raw, kind, shape)
+    np.testing.assert_array_equal(found.reshape(3, -1), expected)
+
+
+def test_plain_numbers_have_no_scales():
+    assert gguf.scales_of(np.zeros(64, np.uint8), TYPES["F32"], (2, 8)) is None
+    assert gguf.scales_of(np.zeros(82, np.uint8), TYPES["IQ2_S"], (1, 256)) is None
