@@ -10,6 +10,7 @@ kernel leaves the register split to the compiler.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,6 +40,7 @@ from pallas_kernels.tiles import (
     cdiv,
     drain,
     load,
+    release,
     round_up,
     scale_columns,
     slot,
@@ -72,21 +74,27 @@ class DecodeConfig(Config):
     cluster: int = 1
     occupancy: int = 1
 
+    @property
+    def parts(self) -> int:
+        """Parts of a tile's tokens, each summed and stored by another block of the cluster."""
+        return self.cluster if self.bm >= 8 * self.cluster else 1
+
     def smem_bytes(self, problem: Problem) -> int:
         """Return the shared memory of a block, in bytes."""
         bn = CHANNELS * self.channels
         ring = self.stages * (self.bm + bn) * step_k(problem) * self.atoms
         if problem.x_scale == "1x128":
             ring += round_up(self.stages * round_up(self.bm * 4, 128), SMEM_ALIGNMENT)
-        sums = (self.split - 1 + self.cluster - 1) * bn * self.bm * 4
+        width = self.bm // self.parts
+        sums = ((self.split - 1) * self.bm + (self.cluster - 1) * width) * bn * 4
         vectors = epilogue_of(problem, transposed=True).smem_bytes(1, self.bm, bn)
-        return ring + sums + bn * self.bm * 2 + vectors + SMEM_RESERVE
+        return ring + sums + bn * width * 2 + vectors + SMEM_RESERVE
 
     def refuses(self, problem: Problem) -> str | None:
         """Return why this config cannot run `problem`, or None."""
         step = step_k(problem) * self.atoms
-        if self.bm % 8 or not 8 <= self.bm <= 128:
-            return "bm must be a multiple of 8 up to 128"
+        if self.bm % (8 * self.parts) or not 8 <= self.bm <= 128:
+            return "bm, and its part for each block of a cluster, must be multiples of 8 up to 128"
         if promotes(problem) and self.atoms > 1:
             return "scales along K need steps of one atom"
         if problem.n % (CHANNELS * self.channels):
@@ -108,46 +116,67 @@ def _refuses(problem: Problem) -> str | None:
     return None if problem.m <= 256 else "takes at most 256 tokens"
 
 
+def _fitted(problem: Problem, bm: int, atoms: int, *shape: int) -> DecodeConfig | None:
+    """Return the config of a shape with as many stages as fit, or None."""
+    for stages in range(16 // atoms, 2, -1):
+        config = DecodeConfig(bm, stages, atoms, *shape)
+        if stages % config.split == 0 and config.refuses(problem) is None:
+            return config
+    return None
+
+
+def _tile_tokens(m: int) -> int:
+    return min(128, max(8, 1 << (m - 1).bit_length()))
+
+
 def _default(problem: Problem) -> DecodeConfig:
     """Split K until every SM has a block, as far as K and the cluster allow."""
-    bm = min(64, max(8, 1 << (problem.m - 1).bit_length()))
-    best = DecodeConfig(bm, stages=4, split=1)
-    for channels, split, cluster in ((2, 1, 1), (1, 2, 1), (1, 1, 1), (1, 2, 2), (1, 1, 2)):
-        for stages in (12, 8, 6, 4):
-            config = DecodeConfig(bm, stages, 1, channels, split, cluster)
-            if config.refuses(problem):
-                continue
+    bm = _tile_tokens(problem.m)
+    best = None
+    for shape in ((2, 1, 1), (1, 2, 1), (1, 2, 2), (1, 1, 2), (2, 1, 4), (1, 1, 4), (1, 1, 1)):
+        config = _fitted(problem, bm, 1, *shape)
+        if config:
             best = config
-            if problem.n // (64 * channels) * cluster >= problem.device.sms * 0.9:
+            blocks = cdiv(problem.m, bm) * problem.n // (CHANNELS * shape[0]) * shape[2]
+            if blocks >= problem.device.sms * 0.9:
                 return config
-            break
-    return best
+    return best or DecodeConfig(8, 4, 1, 1, 1, 1)
 
 
 def _candidates(problem: Problem) -> Iterator[DecodeConfig]:
     """Yield the configs worth measuring."""
-    bm = min(128, max(8, 1 << (problem.m - 1).bit_length()))
-    shapes = (
-        (12, 1, 1, 2, 1, 1),
-        (12, 1, 1, 2, 2, 1),
-        (8, 1, 1, 2, 1, 2),
-        (8, 1, 1, 2, 2, 2),
-        (8, 1, 2, 1, 1, 1),
-        (6, 1, 2, 1, 2, 1),
-        (4, 1, 2, 1, 2, 2),
-        (4, 2, 1, 2, 1, 2),
-        (4, 2, 1, 2, 2, 2),
-        (6, 2, 1, 2, 1, 1),
-        (4, 2, 2, 1, 1, 1),
-        (3, 2, 1, 1, 1, 4),
-        (5, 1, 3, 1, 1, 1),
-        (4, 1, 2, 2, 1, 1),
-        (4, 1, 4, 1, 2, 1),
-    )
-    for shape in shapes:
-        config = DecodeConfig(bm, *shape)
-        if config.refuses(problem) is None:
-            yield config
+    bm = _tile_tokens(problem.m)
+    if problem.m <= 32:
+        shapes = (
+            (1, 2, 1, 1),
+            (1, 2, 2, 1),
+            (1, 2, 1, 2),
+            (1, 2, 2, 2),
+            (2, 1, 1, 2),
+            (1, 1, 1, 4),
+        )
+    else:
+        shapes = (
+            (1, 2, 1, 1),
+            (1, 2, 2, 1),
+            (1, 2, 1, 2),
+            (1, 1, 2, 2),
+            (2, 1, 1, 1),
+            (2, 1, 2, 1),
+        )
+        shapes += (
+            (2, 1, 4, 1),
+            (2, 2, 2, 1),
+            (1, 2, 4, 1),
+            (3, 1, 1, 1),
+            (4, 1, 2, 1),
+            (4, 1, 4, 1),
+        )
+    for channels, split, cluster, occupancy in shapes:
+        for atoms in (1, 2) if problem.m <= 64 and not promotes(problem) else (1,):
+            config = _fitted(problem, bm, atoms, channels, split, cluster, occupancy)
+            if config:
+                yield config
 
 
 def matmul(
@@ -164,6 +193,8 @@ def matmul(
     stages = min(c.stages // c.split * c.split, round_up(steps, c.split))
     row_tiles, workers = cdiv(m, c.bm), c.channels * c.split
     shape = (CHANNELS, c.bm)
+    parts = c.parts
+    width = c.bm // parts
     epilogue = epilogue_of(problem, transposed=True)
     names = operand_names(problem)
     acc_type = accumulator(shape, accumulator_dtype(problem))
@@ -263,7 +294,7 @@ def matmul(
                     return acc[...], scale
 
                 part, scale = pl.run_scoped(one_step, acc_type)
-                plgpu.barrier_arrive(empty.at[s])
+                release(empty.at[s], interpret)
                 part = part.astype(jnp.float32)
                 return total + (scale_columns(part, scale) if grouped else part * scale)
 
@@ -273,39 +304,43 @@ def matmul(
             else:
                 total = pl.run_scoped(accumulate, acc_type)
 
-            def store(total):
+            def store(total, part):
+                """Finish and write the tokens of a part of the tile."""
+                first = part * width
                 if epilogue.vectors:
                     plgpu.barrier_wait(tile_full)
                 store_tile(
-                    epilogue.apply(total, gmem, vectors, 0, {"m": 0, "n": column * CHANNELS}),
+                    epilogue.apply(total, gmem, vectors, 0, {"m": first, "n": column * CHANNELS}),
                     o_sm.at[column],
-                    o_gm.at[pl.ds(m0, c.bm), pl.ds(n0 + column * CHANNELS, CHANNELS)],
+                    o_gm.at[pl.ds(m0 + first, width), pl.ds(n0 + column * CHANNELS, CHANNELS)],
                     transpose=True,
                 )
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
+            def send(total, part):
+                plgpu.async_store_smem(
+                    total[:, part * width : (part + 1) * width],
+                    peers_sm.at[lax.select(rank > part, rank - 1, rank), column],
+                    peers_sent.at[column],
+                    cluster_idx=jnp.int32(part),
+                    cluster_dim=CLUSTER,
+                )
+
+            def receive(total, part):
+                plgpu.barrier_wait(peers_sent.at[column])
+                total = total[:, part * width : (part + 1) * width]
+                for peer in range(c.cluster - 1):
+                    total += load(peers_sm.at[peer, column], plgpu.Layout.WGMMA)
+                store(total, part)
+
             def add_blocks(total):
-                """Add the shares of the cluster's blocks in block 0, then store."""
+                """Add the shares of the cluster's blocks: block i adds and stores part i."""
                 if c.cluster == 1:
-                    return store(total)
-
-                @pl.when(rank > 0)
-                def _():
-                    plgpu.async_store_smem(
-                        total,
-                        peers_sm.at[rank - 1, column],
-                        peers_sent.at[column],
-                        cluster_idx=jnp.int32(0),
-                        cluster_dim=CLUSTER,
-                    )
-
-                @pl.when(rank == 0)
-                def _():
-                    plgpu.barrier_wait(peers_sent.at[column])
-                    result = total
-                    for peer in range(c.cluster - 1):
-                        result += load(peers_sm.at[peer, column], plgpu.Layout.WGMMA)
-                    store(result)
+                    return store(total, 0)
+                for part in range(parts):
+                    pl.when(rank != part)(functools.partial(send, total, part))
+                for part in range(parts):
+                    pl.when(rank == part)(functools.partial(receive, total, part))
 
             if c.split == 1:
                 return add_blocks(total)
@@ -329,7 +364,7 @@ def matmul(
     scratch = {
         "x_sm": tiled_smem((stages, c.bm, bk), problem.x_dtype),
         "w_sm": tiled_smem((stages, bn, bk), problem.w_dtype),
-        "o_sm": tiled_smem((c.channels, c.bm, CHANNELS), problem.out_dtype),
+        "o_sm": tiled_smem((c.channels, width, CHANNELS), problem.out_dtype),
         "full": plgpu.Barrier(num_arrivals=2 + grouped, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=c.channels, num_barriers=stages),
         **epilogue.scratch(1, c.bm, bn),
@@ -342,7 +377,8 @@ def matmul(
         scratch["sums_sm"] = tiled_smem((c.split - 1, c.channels, *shape), acc_dtype)
         scratch["summed"] = plgpu.Barrier(num_arrivals=c.split - 1, num_barriers=c.channels)
     if c.cluster > 1:
-        scratch["peers_sm"] = plgpu.SMEM((c.cluster - 1, c.channels, *shape), acc_dtype)
+        peers = (c.cluster - 1, c.channels, CHANNELS, width)
+        scratch["peers_sm"] = plgpu.SMEM(peers, acc_dtype)
         scratch["peers_sent"] = plgpu.Barrier(num_arrivals=c.cluster - 1, num_barriers=c.channels)
     return launch(
         body,

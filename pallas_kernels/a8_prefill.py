@@ -41,6 +41,7 @@ from pallas_kernels.tiles import (
     cdiv,
     drain,
     load,
+    release,
     round_up,
     scale_rows,
     slot,
@@ -64,6 +65,7 @@ class PrefillConfig(Config):
         group: width in tiles of the snake that output tiles follow, for L2 reuse.
         minor: the dimension along which the snake moves first, 0 tokens or 1 channels.
         staging: staging buffers per warpgroup in the epilogue.
+        turns: 1 to let the warpgroups issue their products in turns (for scales along K).
     """
 
     bm: int = 128
@@ -74,6 +76,7 @@ class PrefillConfig(Config):
     group: int = 16
     minor: int = 0
     staging: int = 1
+    turns: int = 0
 
     def smem_bytes(self, problem: Problem) -> int:
         """Return the shared memory of a block, in bytes."""
@@ -135,9 +138,11 @@ def _candidates(problem: Problem) -> Iterator[PrefillConfig]:
     for bm, bn, stages, warpgroups in tiles:
         for cluster in (1, 2):
             for group in (8, 16) if problem.m > 512 else (8,):
-                for staging in (1, 2):
+                for staging, turns in ((1, 0), (2, 0), (1, 1), (2, 1))[
+                    : 4 if promotes(problem) else 2
+                ]:
                     config = PrefillConfig(
-                        bm, bn, stages, warpgroups, cluster, group, staging=staging
+                        bm, bn, stages, warpgroups, cluster, group, staging=staging, turns=turns
                     )
                     if config.refuses(problem) is None:
                         yield config
@@ -174,6 +179,7 @@ def matmul(
         groups_sm: Any = None,
         tile_full: Any = None,
         tile_empty: Any = None,
+        turn: Any = None,
         **vectors,
     ):
         gmem, o_gm = dict(zip(names, refs, strict=False)), refs[-1]
@@ -239,6 +245,11 @@ def matmul(
         def consume():
             plgpu.set_max_registers(232 if c.warpgroups == 2 else 160, action="increase")
             my_rows = pl.ds(warpgroup * rows, rows)
+            if c.turns:
+
+                @pl.when(warpgroup == c.warpgroups - 1)
+                def _():
+                    plgpu.barrier_arrive(turn.at[0])
 
             @plgpu.nd_loop((tiles,), collective_axes=GRID)
             def _(info):
@@ -273,7 +284,13 @@ def matmul(
                     plgpu.barrier_wait(full.at[s])
 
                     def one_step(acc):
+                        # In turns: else all warpgroups multiply together and then add together,
+                        # while the tensor cores rest.
+                        if c.turns:
+                            plgpu.barrier_wait(turn.at[warpgroup])
                         plgpu.wgmma(acc, x_sm.at[s, my_rows], w_sm.at[s].T)
+                        if c.turns:
+                            plgpu.barrier_arrive(turn.at[slot(warpgroup + 1, c.warpgroups)])
                         # The scales are read while the tensor cores work.
                         scales = [w_scale(j * piece, i) if blocked else 1.0 for j in range(pieces)]
                         if grouped:
@@ -285,7 +302,7 @@ def matmul(
                     part, scales = pl.run_scoped(
                         one_step, accumulator(shape, accumulator_dtype(problem))
                     )
-                    plgpu.barrier_arrive(empty.at[s])
+                    release(empty.at[s], interpret)
                     part = part.astype(jnp.float32)
                     scale_part = scale_rows if grouped else jnp.multiply
                     return [
@@ -308,7 +325,7 @@ def matmul(
                     for j, part in enumerate(tile)
                 ]
                 if epilogue.vectors:
-                    plgpu.barrier_arrive(tile_empty)
+                    release(tile_empty, interpret)
                 for count, (r, j) in enumerate(np.ndindex(rows // 64, c.bn // STAGE)):
                     part, column = divmod(j * STAGE, piece)
                     store_tile(
@@ -321,6 +338,11 @@ def matmul(
                     )
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            if c.turns:
+
+                @pl.when(warpgroup == 0)
+                def _():
+                    plgpu.barrier_wait(turn.at[0])
 
     scratch = {
         "x_sm": tiled_smem((stages, c.bm, bk), problem.x_dtype),
@@ -334,6 +356,8 @@ def matmul(
         else plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=stages),
         **epilogue.scratch(1, c.bm, c.bn),
     }
+    if c.turns:
+        scratch["turn"] = plgpu.Barrier(num_barriers=c.warpgroups)
     if grouped:
         scratch["groups_sm"] = plgpu.SMEM((stages, c.bm), jnp.float32)
     if epilogue.vectors:

@@ -156,7 +156,7 @@ def _quantize_rows(
     layout = _row_layout(groups, widest)
     inputs = 1 + gated
 
-    def body(*refs, x_sm, codes_sm, full, weight_sm=None, weight_full=None):
+    def body(*refs, x_sm, codes_sm, full, weight_sm: Any = None, weight_full: Any = None):
         x_gm, extra_gm, outputs = refs[0], refs[1 : 1 + len(extra)], refs[1 + len(extra) :]
         block = lax.axis_index(GRID)
         count = lax.div(m - block + blocks - 1, jnp.int32(blocks))

@@ -31,7 +31,7 @@ def round_up(a: int, b: int) -> int:
     return cdiv(a, b) * b
 
 
-def tiled_smem(shape: Sequence[int], dtype: Any) -> Any:
+def tiled_smem(shape: tuple[int, ...], dtype: Any) -> Any:
     """Return shared memory in the tiling and swizzle that wgmma and TMA take.
 
     The last two dimensions are cut in tiles of 8 rows by the widest swizzle (128, 64 or 32 bytes)
@@ -43,7 +43,7 @@ def tiled_smem(shape: Sequence[int], dtype: Any) -> Any:
         plgpu.TilingTransform((8, swizzle * 8 // bits)),
         plgpu.SwizzleTransform(swizzle),
     )
-    return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def accumulator(shape: Sequence[int], dtype: Any) -> Any:
@@ -69,6 +69,17 @@ def scale_columns(tile: jax.Array, scale: jax.Array) -> jax.Array:
 def slot(step: Any, count: int) -> jax.Array:
     """Return the ring slot that a step uses."""
     return lax.rem(step, jnp.int32(count))
+
+
+def release(barrier: Any, interpret: bool) -> None:
+    """Let a producer refill shared memory that this warpgroup has read into registers.
+
+    On a GPU the arrival is enough, as every library relies on; the interpreter's race detector
+    wants a proxy fence between the reads and the refill by TMA besides.
+    """
+    if interpret:
+        plgpu.commit_smem()
+    plgpu.barrier_arrive(barrier)
 
 
 def drain(barriers: Any, steps: Any, count: int) -> None:

@@ -1,6 +1,7 @@
 """matmul_a8 against float64: under the interpreter, as XLA, and lowered to CUDA."""
 
 import dataclasses
+import sys
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from pallas_kernels import KernelError, xla
 from pallas_kernels.a8_decode import DecodeConfig
 from pallas_kernels.a8_prefill import PrefillConfig
 from pallas_kernels.matmul_a8 import A8_KERNELS, a8_problem, matmul_a8
-from pallas_kernels.problem import select, tuned_table
+from pallas_kernels.problem import H200, select, tuned_table
 
 # The interpreter takes about half a second for every tile and K step, so shapes stay small; what
 # differs between problems is who waits for whom, and that depends on the number of steps and tiles.
@@ -29,6 +30,16 @@ def structs(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
 def tolerance(case: Case) -> float:
     """Bound of the relative error: twice what rounding the exact result makes."""
     return 2 * oracle.rounding(case.out)
+
+
+@pytest.fixture
+def one_block(monkeypatch) -> None:
+    """Pretend that the GPU has one SM, so that one block makes all tiles, one after the other."""
+    module = sys.modules["pallas_kernels.matmul_a8"]  # the attribute of that name is the function
+    monkeypatch.setattr(module, "current_device", lambda: dataclasses.replace(H200, sms=1))
+    matmul_a8.clear_cache()
+    yield
+    matmul_a8.clear_cache()
 
 
 def check_interpreted(interpret, case: Case, config=None) -> None:
@@ -69,18 +80,34 @@ def test_every_layout(interpret, case, m):
         ),
         (Case(256, n=384, k=256), PrefillConfig(bn=128, stages=2, staging=2)),
         (Case(128, n=320, k=256), PrefillConfig(bn=192, stages=2)),
-        (Case(256, n=128, k=256), PrefillConfig(bn=128, stages=2, cluster=2)),
+        (Case(256, n=128, k=384), PrefillConfig(bn=128, stages=2, cluster=2)),
         (Case(192, n=128, k=256), PrefillConfig(bm=192, bn=64, stages=2, warpgroups=3)),
         (Case(256, n=128, k=256), PrefillConfig(bm=256, bn=64, stages=2, minor=1, group=2)),
         (
-            Case(128, n=320, k=256, x_scale="1x128", w_scale="128x128"),
-            PrefillConfig(bn=192, stages=2),
+            Case(128, n=320, k=384, x_scale="1x128", w_scale="128x128"),
+            PrefillConfig(bn=192, stages=2, turns=1),
+        ),
+        (
+            Case(192, n=128, k=384, x_scale="1x128", w_scale="128x128"),
+            PrefillConfig(bm=192, bn=128, stages=2, warpgroups=3, turns=1),
+        ),
+        (
+            Case(16, n=64, k=640, x_scale="1x128", w_scale="64x64"),
+            DecodeConfig(bm=16, stages=2, split=1),
         ),
     ],
     ids=str,
 )
 def test_every_shape_of_config(interpret, case, config):
     check_interpreted(interpret, case, config)
+
+
+@pytest.mark.interpret
+@pytest.mark.usefixtures("one_block")
+@pytest.mark.parametrize("scales", [("token", "channel"), ("1x128", "128x128")])
+def test_one_block_makes_many_tiles(interpret, scales):
+    case = Case(200, n=256, k=256, x_scale=scales[0], w_scale=scales[1], bias="float32")
+    check_interpreted(interpret, case, PrefillConfig(bn=128, stages=3, turns=scales[0] == "1x128"))
 
 
 @pytest.mark.parametrize("m", [1, 13, 200])
