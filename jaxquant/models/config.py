@@ -206,24 +206,31 @@ def _token_ids(value: Any) -> tuple[int, ...]:
 def _windows(config: Mapping[str, Any], family: str, layers: int) -> tuple[int | None, ...]:
     """Sliding window of each layer.
 
-    Qwen turns windows on with a flag, from layer ``max_window_layers`` on; ``layer_types`` of newer
-    configs says it layer by layer; Mistral and Mixtral have one for all layers.
+    Mistral, Mixtral and Qwen3-MoE have one for all layers; Qwen2 and Qwen3 from layer
+    ``max_window_layers`` on, Qwen2-MoE for every other layer before it, unless ``layer_types`` says
+    it layer by layer.  Qwen turns all of them on with a flag.  Absent numbers are those that
+    transformers' config classes take.
     """
-    window = config.get("sliding_window")
-    if not window or (family.startswith("qwen") and not config.get("use_sliding_window", False)):
-        return (None,) * layers
-    types = config.get("layer_types")
-    if types is not None:
-        if len(types) != layers or set(types) - {"full_attention", "sliding_attention"}:
-            rule = f"{layers} entries, full_attention or sliding_attention"
-            raise ConfigError("layer_types", f"{sorted(set(types))} x {len(types)}", rule)
-        return tuple(int(window) if kind == "sliding_attention" else None for kind in types)
-    if family in ("mistral", "mixtral"):
+    none: tuple[int | None, ...] = (None,) * layers
+    qwen = family.startswith("qwen")
+    if family not in ("mistral", "mixtral") and not qwen:
+        return none
+    window = config.get("sliding_window", None if family == "mixtral" else 4096)
+    if not window or (qwen and not config.get("use_sliding_window", False)):
+        return none
+    if family in ("mistral", "mixtral", "qwen3_moe"):
         return (int(window),) * layers
-    if family.startswith("qwen"):
-        first = int(config.get("max_window_layers", layers))
-        return tuple(int(window) if i >= first else None for i in range(layers))
-    return (None,) * layers
+    types, edge = config.get("layer_types"), int(config.get("max_window_layers", 28))
+    if types is None and family == "qwen2_moe":
+        chosen = [i % 2 == 0 and i < edge for i in range(layers)]
+    elif types is None:
+        chosen = [i >= edge for i in range(layers)]
+    elif len(types) != layers or set(types) - {"full_attention", "sliding_attention"}:
+        rule = f"{layers} entries, full_attention or sliding_attention"
+        raise ConfigError("layer_types", f"{len(types)} of {sorted(set(types))}", rule)
+    else:
+        chosen = [kind == "sliding_attention" for kind in types]
+    return tuple(int(window) if slides else None for slides in chosen)
 
 
 def _moe(read: _Reader, layers: int) -> MoEConfig | None:
@@ -255,12 +262,16 @@ def _moe(read: _Reader, layers: int) -> MoEConfig | None:
     allowed = ("noaux_tc",) if v3 else ("greedy", "group_limited_greedy")
     if method not in allowed:
         raise ConfigError("topk_method", repr(method), f"{family} has {' or '.join(allowed)}")
+    normalize = bool(config.get("norm_topk_prob", v3))
+    if normalize and not v3:
+        rule = "published implementations of DeepSeek-V2 disagree on what it does"
+        raise ConfigError("norm_topk_prob", "true", rule)
     limited = method != "greedy"
     routing = Routing(
         experts=read.int("n_routed_experts"),
         top_k=read.int("num_experts_per_tok"),
         scores="sigmoid" if v3 else "softmax",
-        normalize=bool(config.get("norm_topk_prob", v3)),
+        normalize=normalize,
         scale=read.number("routed_scaling_factor"),
         groups=read.int("n_group") if limited else 1,
         top_groups=read.int("topk_group") if limited else 1,

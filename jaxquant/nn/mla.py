@@ -5,7 +5,8 @@ one shared rotary key are cached.  The *plain* form expands the latent to every 
 values.  The *absorbed* form moves the expansion to the other side: queries are mapped into latent
 space, attention runs over the latents themselves, and mixed latents are expanded to values.  Both
 are equal; the absorbed one reads far less per cached position, the plain one computes less per new
-token.
+token.  (Where kv_b_proj quantizes its input, that happens in the plain form alone: in the absorbed
+one this linear has no input of its own.)
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class Routing:
     ==============  =======  =========  ===========  ======
     Mixtral         softmax  yes        --           1
     Qwen2/3-MoE     softmax  by config  --           1
-    DeepSeek-V2     softmax  by config  max          config
+    DeepSeek-V2     softmax  no         max          config
     DeepSeek-V3     sigmoid  by config  top2         config
     ==============  =======  =========  ===========  ======
 

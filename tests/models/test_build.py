@@ -209,6 +209,30 @@ def test_expert_config_errors(change: dict[str, Any], words: str):
         ModelConfig.from_hf({**CONFIGS["deepseek-v3"], **change})
 
 
+def test_deepseek_v2_normalization_is_refused():
+    with pytest.raises(ConfigError, match="disagree"):
+        ModelConfig.from_hf({**CONFIGS["deepseek-v2"], "norm_topk_prob": True})
+
+
+@pytest.mark.parametrize(
+    "name, change, windows",
+    [
+        ("qwen2", {"sliding_window": 5}, (None, None)),
+        ("qwen2", {"sliding_window": 5, "use_sliding_window": True}, (None, None)),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 0}, (4096, 4096)),
+        ("mistral-window", {"sliding_window": None}, (None, None)),
+        ("llama", {"sliding_window": 5}, (None, None)),
+    ],
+)
+def test_windows(name: str, change: dict[str, Any], windows: tuple[int | None, ...]):
+    assert ModelConfig.from_hf({**CONFIGS[name], **change}).windows == windows
+
+
+def test_layer_types_are_checked():
+    with pytest.raises(ConfigError, match="layer_types"):
+        ModelConfig.from_hf({**CONFIGS["qwen3-layer-types"], "layer_types": ["linear_attention"]})
+
+
 def test_model_type_decides_without_architectures():
     raw = {k: v for k, v in CONFIGS["mixtral"].items() if k != "architectures"}
     assert ModelConfig.from_hf(raw) == ModelConfig.from_hf(CONFIGS["mixtral"])

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 import jaxquant
 from jaxquant.evaluate import perplexity
-from jaxquant.generate import generate
+from jaxquant.generation import generate
 from tests.small_models import checkpoint_model
 
 BUNDLED = Path(jaxquant.__file__).parent / "bundled" / "tiny-qwen3-moe"
