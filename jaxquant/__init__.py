@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from jaxquant.errors import PlanError as PlanError
     from jaxquant.evaluate import perplexity as perplexity
     from jaxquant.explanation import explain as explain
-    from jaxquant.generate import generate as generate
+    from jaxquant.generation import generate as generate
     from jaxquant.models import CausalLM as CausalLM
     from jaxquant.models import ModelConfig as ModelConfig
     from jaxquant.nn import Linear as Linear
@@ -57,7 +57,7 @@ _HOMES = {
     ),
     "jaxquant.evaluate": ("perplexity",),
     "jaxquant.explanation": ("explain",),
-    "jaxquant.generate": ("generate",),
+    "jaxquant.generation": ("generate",),
     "jaxquant.models": ("CausalLM", "ModelConfig"),
     "jaxquant.nn": ("Linear", "QWeight"),
     "jaxquant.nn.prepare": ("prepare_model",),
