@@ -171,10 +171,16 @@ def _open_shard(path: Path) -> tuple[Header, dict[str, GgufTensor]]:
     return header, {info.name: _as_tensor(info, buffer, str(path)) for info in header.tensors}
 
 
+def _is(value: Any, number: int) -> bool:
+    """Whether a metadata value of any type is this number."""
+    return isinstance(value, int) and value == number
+
+
 def _check_quantization(header: Header, tensors: Mapping[str, GgufTensor], path: Path) -> None:
     """Refuse blocks of the time before version 2, whose nibbles lay in another order."""
     version = header.metadata.get("general.quantization_version", _QUANTIZATION_VERSION)
-    if version != _QUANTIZATION_VERSION and any(t.kind.elements > 1 for t in tensors.values()):
+    blocks = any(tensor.kind.elements > 1 for tensor in tensors.values())
+    if blocks and not _is(version, _QUANTIZATION_VERSION):
         raise FormatError(
             f"{path}: general.quantization_version",
             f"{version!r}"[:80],
@@ -199,15 +205,15 @@ def open_gguf(path: str | Path) -> Gguf:
     files = _shards(path, first)
     for number, file in enumerate(files[1:], 1):
         header, more = _open_shard(file)
-        position = header.metadata.get("split.no"), header.metadata.get("split.count")
-        if position != (number, len(files)):
+        part, count = header.metadata.get("split.no"), header.metadata.get("split.count")
+        if not (_is(part, number) and _is(count, len(files))):
             rule = f"split.no {number} of split.count {len(files)}"
-            raise FormatError(str(file), f"part {position[0]} of {position[1]}"[:80], rule)
+            raise FormatError(str(file), f"part {part} of {count}"[:80], rule)
         if both := tensors.keys() & more.keys():
             raise more[min(both)].error("also in another part", "a tensor is stored once")
         tensors |= more
     total = first.metadata.get("split.tensors.count", len(tensors))
-    if len(files) > 1 and total != len(tensors):
+    if len(files) > 1 and not _is(total, len(tensors)):
         raise FormatError(str(path), f"{len(tensors)} tensors in all parts", f"{total!r}"[:80])
     _check_quantization(first, tensors, path)
     return Gguf(path, first.version, first.metadata, tensors)

@@ -169,9 +169,9 @@ def write_gguf(path: str | Path, metadata: Mapping[str, Any], parts: Iterable[Pa
     path, parts = Path(path), list(parts)
     if twice := [n for n, count in Counter(part.name for part in parts).items() if count > 1]:
         raise FormatError(twice[0], "written twice", "names are unique")
-    align = int(metadata.get("general.alignment", DEFAULT_ALIGNMENT))
-    if align < 8 or align & (align - 1):
-        raise FormatError("general.alignment", str(align), "a power of two of at least 8")
+    align = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    if not isinstance(align, int) or align < 8 or align & (align - 1):
+        raise FormatError("general.alignment", f"{align!r}"[:60], "a power of two of at least 8")
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -264,6 +264,19 @@ CASES = {
         "version 2",
         "general.quantization_version",
     ),
+    "quantization version of an array": (
+        build(
+            [pair("general.quantization_version", ARRAY, array(U32, [2, 2]))],
+            [f32("a", 8)._replace(dims=(32,), kind=2, data=bytes(18))],
+        ),
+        "version 2",
+        "general.quantization_version",
+    ),
+    "split count of an array": (
+        build([pair("split.count", ARRAY, array(U16, [3, 3]))]),
+        "positive",
+        "split.count",
+    ),
     "split count 0": (build([pair("split.count", U16, scalar(U16, 0))]), "positive", "split.count"),
     "split count text": (
         build([pair("split.count", STRING, text("three"))]),

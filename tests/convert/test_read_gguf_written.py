@@ -133,6 +133,8 @@ def ones(name="w", shape=(2, 32), kind="F32") -> Part:
         ({"k": [[1, 2]]}, [], "list"),
         ({"k": np.complex64(1)}, [], "complex64"),
         ({"general.alignment": 12}, [], "power of two"),
+        ({"general.alignment": "32"}, [], "power of two"),
+        ({"general.alignment": np.int32([32, 32])}, [], "power of two"),
         ({}, [ones(), ones()], "written twice"),
         ({}, [ones("")], "name of 0 bytes"),
         ({}, [ones("a" * 65)], "name of 65 bytes"),
