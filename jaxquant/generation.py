@@ -96,7 +96,7 @@ def generate(
         return []
     _check_rows(rows, model.config.vocab_size)
     ids, lengths = _pad(rows)
-    stops = model.config.eos if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    stops = model.config.eos if eos is None else np.atleast_1d(np.asarray(eos, np.int32))
     graph, state = model.split()
     room = _bucket(max_new_tokens)
     logits, cache = _prefill(graph, state, ids, lengths, ids.shape[1] + room)

@@ -122,9 +122,11 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
 
 
 def _magnitude(kind: str, scaling: Mapping[str, Any], factor: float, original: int) -> float:
-    given = scaling.get("attention_factor")
-    if kind not in ("yarn", "longrope") or given is not None:
-        return float(given) if given is not None and kind in ("yarn", "longrope") else 1.0
+    """What cos and sin are multiplied by, where the config does not say it itself."""
+    if kind not in ("yarn", "longrope"):
+        return 1.0
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
     if kind == "longrope":
         return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
