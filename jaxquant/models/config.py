@@ -101,11 +101,15 @@ class ModelConfig:
     eos: tuple[int, ...]
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
+    def from_hf(
+        cls, config: Mapping[str, Any], generation: Mapping[str, Any] | None = None
+    ) -> ModelConfig:
         """Read a config.json.
 
         Args:
             config: its parsed content; keys that do not shape the model are not looked at.
+            generation: content of the generation_config.json beside it; its stop tokens, often
+                more than those of config.json, are the ones that count.
         Raises:
             ConfigError: an unknown architecture, or a number that is missing or contradictory.
         """
@@ -149,7 +153,7 @@ class ModelConfig:
             windows=_windows(config, family, layers),
             moe=_moe(read, layers),
             latent=_latent(read, rope) if latent else None,
-            eos=_token_ids(config.get("eos_token_id")),
+            eos=_token_ids((generation or {}).get("eos_token_id", config.get("eos_token_id"))),
         )
 
     @property

@@ -243,6 +243,12 @@ def test_eos_spellings():
         assert ModelConfig.from_hf({**CONFIGS["llama"], "eos_token_id": given}).eos == expected
 
 
+def test_stop_tokens_of_the_generation_config_count():
+    raw = {**CONFIGS["llama"], "eos_token_id": 7}
+    assert ModelConfig.from_hf(raw, {"eos_token_id": [7, 9]}).eos == (7, 9)
+    assert ModelConfig.from_hf(raw, {"do_sample": True}).eos == (7,)
+
+
 def test_dtype_is_checked():
     with pytest.raises(ConfigError, match="float32"):
         build_model(*parts("llama"), dtype=jnp.int8)
