@@ -47,7 +47,9 @@ class ActSpec:
         levels: what the largest magnitude is divided by to get the scale (symmetric).  127 for
             int8 and 448 for e4m3 in most producers, 127.5 for compressed-tensors int8.
         scale_code: how the scale itself is rounded: ``"f32"``, ``"e8m0"`` (up to a power of two)
-            ``"mx"`` (the OCP microscaling exponent) or ``"e4m3"`` (two-level, NVFP4).
+            ``"mx"`` (the OCP microscaling exponent), ``"mx_rounded"`` (the same with the largest
+            magnitude rounded up from 1.75 times a power of two, as compressed-tensors does) or
+            ``"e4m3"`` (two-level, NVFP4).
         upper_bound: largest magnitude that a dynamic scale may represent (FBGEMM), in activation
             units.
     """
@@ -58,7 +60,7 @@ class ActSpec:
     symmetric: bool = True
     group_size: int | None = None
     levels: float | None = None
-    scale_code: Literal["f32", "e8m0", "mx", "e4m3"] = "f32"
+    scale_code: Literal["f32", "e8m0", "mx", "mx_rounded", "e4m3"] = "f32"
     upper_bound: float | None = None
 
     def __post_init__(self) -> None:

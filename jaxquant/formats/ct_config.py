@@ -223,7 +223,7 @@ def activation_spec(args: Arguments | None) -> ActSpec | None:
         if args.strategy == "tensor_group":
             scale_code = "e4m3"
         elif args.scale_dtype == "uint8" or (args.kind == "float" and args.group == 32):
-            scale_code = "mx"
+            scale_code = "mx_rounded"
         return ActSpec(
             code, "group", True, args.symmetric, args.group, levels, scale_code=scale_code
         )

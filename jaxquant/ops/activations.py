@@ -64,8 +64,8 @@ def _dynamic_scale(amax: jax.Array, spec: ActSpec, tensor_scale: Any) -> jax.Arr
     assert spec.levels is not None
     if spec.upper_bound is not None:
         amax = jnp.minimum(amax, spec.upper_bound)
-    if spec.scale_code == "mx":
-        return power_of_two_scale(amax, spec.code)
+    if spec.scale_code in ("mx", "mx_rounded"):
+        return power_of_two_scale(amax, spec.code, spec.scale_code == "mx_rounded")
     scale = _divide(amax, spec.levels)
     if spec.scale_code == "e8m0":
         mantissa, exponent = jnp.frexp(scale)

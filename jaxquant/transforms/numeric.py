@@ -121,11 +121,19 @@ def encode_values(values: jax.Array, code: Code) -> jax.Array:
     return rounded.astype(code.storage)
 
 
-def power_of_two_scale(amax: jax.Array, code: Code) -> jax.Array:
-    """OCP microscaling exponent of a block as an f32 power of two: 2**(floor(log2 amax) - emax)."""
+def power_of_two_scale(amax: jax.Array, code: Code, rounded: bool = False) -> jax.Array:
+    """OCP microscaling exponent of a block as an f32 power of two: 2**(floor(log2 amax) - emax).
+
+    Args:
+        amax: largest magnitude of each block.
+        code: e2m1, e4m3 or e5m2.
+        rounded: round magnitudes of 1.75 and more times a power of two up first.
+    """
     emax = {"e2m1": 2, "e4m3": 8, "e5m2": 15}[code.name]
     # 2**-127 is subnormal in float32 and devices flush it to zero.
-    _, exponent = jnp.frexp(jnp.maximum(amax, 2.0**-126))
+    mantissa, exponent = jnp.frexp(jnp.maximum(amax, 2.0**-126))
+    if rounded:
+        exponent = exponent + (mantissa >= 0.875)
     return jnp.ldexp(jnp.float32(1), jnp.clip(exponent - 1 - emax, -126, 127))
 
 

@@ -30,8 +30,7 @@ pytestmark = [
     pytest.mark.skipif(ROOT is None, reason="JAXQUANT_CORPUS names no folder"),
     pytest.mark.filterwarnings("ignore"),
 ]
-FAMILIES = ("gptq", "awq", "ct-", "ct012", "fp8block")
-FP4_AND_MX = ("nvfp4", "mxfp4", "mxfp8")
+FAMILIES = ("gptq", "awq", "ct-", "ct012", "fp8block", "modelopt", "bnb")
 NAMES = (
     sorted(
         p.name
@@ -43,7 +42,14 @@ NAMES = (
 )
 # The peer's file says that its logits were made with dequantized weights and plain activations,
 # because its own kernels need a GPU, although the checkpoint asks for dynamic activations.
-PLAIN_ACTIVATIONS = ("fp8block-hf-dsv3", "fp8block-hf-qwen3")
+PLAIN_ACTIVATIONS = (
+    "fp8block-hf-dsv3",
+    "fp8block-hf-qwen3",
+    "modelopt-fp8-llama",
+    "modelopt-fp8-qwen3moe",
+    "modelopt-nvfp4-llama",
+    "modelopt-w4a8awq-llama",
+)
 # compressed-tensors reduces over all but the first two axes for a "token" scale; an expert's input
 # has only two, so the peer's simulation takes one scale for all tokens of an expert.  Logits then
 # depend on the batch; here a token's never do, so only the weights are compared.
@@ -71,7 +77,7 @@ def without_activation_quantization(model):
     return model
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if not any(kind in n for kind in FP4_AND_MX)])
+@pytest.mark.parametrize("name", NAMES)
 def test_logits_match_the_peer(name):
     folder = Path(ROOT) / name
     expected = load_file(folder / "logits.safetensors")
