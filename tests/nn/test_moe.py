@@ -42,9 +42,13 @@ def experts_of(columns: list[list[QTensor]], devices: int = 1) -> Experts:
     return Experts((gate, up, down), plan, "silu")
 
 
-def loop(x, ids, weights, columns) -> np.ndarray:
+def dense_of(columns: list[list[QTensor]]) -> list[list[np.ndarray]]:
+    return [[np.asarray(dequantize(q), np.float64) for q in column] for column in columns]
+
+
+def loop(x, ids, weights, dense: list[list[np.ndarray]]) -> np.ndarray:
     """Token by token, float64, original expert ids."""
-    gate, up, down = ([np.asarray(dequantize(q), np.float64) for q in c] for c in columns)
+    gate, up, down = dense
     y = np.zeros(x.shape)
     for t, j in itertools.product(range(ids.shape[0]), range(ids.shape[1])):
         e, row = ids[t, j], np.asarray(x[t], np.float64)
@@ -76,26 +80,26 @@ def test_mixed_experts_equal_the_loop(tokens: int, top_k: int, skew: str):
     weights = rng.random((tokens, top_k)).astype(np.float32)
     x = rng.standard_normal((tokens, HIDDEN)).astype(np.float32)
     y = np.asarray(jax.jit(Experts.__call__)(experts, x, ids, weights))
-    expected = loop(x, ids, weights, columns)
+    dense = dense_of(columns)
+    expected = loop(x, ids, weights, dense)
     assert np.abs(y - expected).max() < 2e-5 * np.abs(expected).max() + 1e-6
     # Negative control: one token sent to another expert is seen.
     wrong = ids.copy()
     wrong[0, 0] = (ids[0, 0] + 1) % 8
-    assert np.abs(y - loop(x, wrong, weights, columns)).max() > 1e-2
+    assert np.abs(y - loop(x, wrong, weights, dense)).max() > 1e-2
 
 
 def test_every_pattern_of_empty_experts():
-    formats = [("fp8a16",) * 3, ("w4a16_g32",) * 3, ("fp8a16",) * 3, ("bf16",) * 3]
-    columns = columns_of(formats)
-    experts = experts_of(columns)
+    columns = columns_of(MIXED)
+    dense, experts = dense_of(columns), experts_of(columns)
     call = jax.jit(Experts.__call__)
-    x = np.random.default_rng(0).standard_normal((6, HIDDEN)).astype(np.float32)
-    for used in itertools.product([False, True], repeat=4):
+    x = np.random.default_rng(0).standard_normal((11, HIDDEN)).astype(np.float32)
+    ones = np.ones((11, 1), np.float32)
+    for used in itertools.product([False, True], repeat=8):
         if any(used):
-            ids = np.resize(np.flatnonzero(used), (6, 1)).astype(np.int32)
-            ones = np.ones((6, 1), np.float32)
-            expected = loop(x, ids, ones, columns)
-            assert np.abs(np.asarray(call(experts, x, ids, ones)) - expected).max() < 1e-4
+            ids = np.resize(np.flatnonzero(used), (11, 1)).astype(np.int32)
+            expected = loop(x, ids, ones, dense)
+            assert np.abs(np.asarray(call(experts, x, ids, ones)) - expected).max() < 1e-4, used
 
 
 def test_plan_orders_all_projections_alike():
