@@ -15,12 +15,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.tiles import accumulator
+
 
 class TensorCores:
     """Accumulators of the wgmma unit, refs of shape `shape`."""
 
     def __init__(self, shape: tuple[int, int], dtype: Any):
-        self.kind = plgpu.ACC(shape, dtype)
+        self.kind = accumulator(shape, dtype)
 
     def scoped(self, count: int, use: Callable[[list[Any]], Any]) -> Any:
         """Return `use(accumulators)` with `count` accumulators of zeros."""

@@ -86,7 +86,7 @@ class _Bits:
         # %nsmid >> 24 is zero, but neither LLVM nor ptxas can know.  Masks derived from it stay in
         # a register; as literals ptxas re-creates them over and over.
         asm = "{ .reg .b32 t; mov.u32 t, %nsmid; shr.u32 $0, t, 24; }"
-        self._zero = llvm.inline_asm(self.i32, [], asm, "=r")
+        self._zero: Any = llvm.inline_asm(self.i32, [], asm, "=r")
         self._masks: dict[int, ir.Value] = {}
 
     def const(self, bits: int) -> ir.Value:
@@ -108,7 +108,7 @@ class _Bits:
         """Repeat a 16 bit half of a word."""
         return mgpu.prmt(x, x, self.const(0x3232 if half else 0x1010))
 
-    def as_vector(self, x: ir.Value, element: ir.Type) -> ir.Value:
+    def as_vector(self, x: ir.Value, element: Any) -> ir.Value:
         """View a word as a vector of narrow elements."""
         count = 32 // element.width
         word = vector.broadcast(ir.VectorType.get((1,), self.i32), x)

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.a16_configs import (
+    A16DecodeConfig,
+    A16PrefillConfig,
+    accepts_hopper,
+    config_of_twin,
+    decode_candidates,
+    decode_shapes,
+    fitting,
+    prefill_candidates,
+    prefill_shapes,
+)
 from pallas_kernels.epilogue import Epilogue, Term
 from pallas_kernels.prepack import Prepacked
 from pallas_kernels.problem import (
@@ -17,40 +27,14 @@ from pallas_kernels.problem import (
     KernelError,
     Problem,
     current_device,
-    require_hopper,
     select,
 )
 from pallas_kernels.record import Record
-from pallas_kernels.stream import StreamConfig, scale_name, stream_matmul
-from pallas_kernels.tiles import cdiv, pad_rows, round_up
+from pallas_kernels.stream import stream_matmul
+from pallas_kernels.stream_config import StreamConfig, scale_name
+from pallas_kernels.tiles import pad_rows, round_up
 
 _HALF_TYPES = ("bfloat16", "float16")
-
-
-@dataclasses.dataclass(frozen=True)
-class A16DecodeConfig(StreamConfig):
-    """Tiles of the kernel for few tokens, which scales sums in f32."""
-
-    def refuses(self, problem: Problem) -> str | None:
-        """Return why this config cannot run `problem`, or None."""
-        return "bm must be at most 64" if self.bm > 64 else super().refuses(problem)
-
-
-@dataclasses.dataclass(frozen=True)
-class A16PrefillConfig(StreamConfig):
-    """Tiles of the kernel for many tokens, which rounds scales into the operand."""
-
-    def refuses(self, problem: Problem) -> str | None:
-        """Return why this config cannot run `problem`, or None."""
-        return "needs a ring of 2 steps" if self.ring < 2 else super().refuses(problem)
-
-
-def accepts_hopper(problem: Problem) -> str | None:
-    if reason := require_hopper(problem):
-        return reason
-    if problem.n % 64 or problem.k % 64:
-        return f"N and K must be multiples of 64, not N={problem.n}, K={problem.k}"
-    return None
 
 
 def epilogue_of(problem: Problem) -> Epilogue:
@@ -61,82 +45,6 @@ def epilogue_of(problem: Problem) -> Epilogue:
     if problem.bias:
         terms.append(Term("bias", "n", jnp.dtype(problem.bias)))
     return Epilogue(tuple(terms), True, jnp.dtype(problem.out_dtype))
-
-
-def _token_tile(m: int) -> int:
-    return max(8, 1 << (m - 1).bit_length())
-
-
-def _first_fit(
-    config_type: type[StreamConfig], shapes: Iterator[dict[str, int]], problem: Problem
-) -> StreamConfig:
-    configs = (config_type(**shape) for shape in shapes)
-    return next(config for config in configs if config.refuses(problem) is None)
-
-
-def _decode_shapes(problem: Problem) -> Iterator[dict[str, int]]:
-    """Yield tiles for few tokens, the likeliest first; the last ones run anything."""
-    bm = min(64, _token_tile(problem.m))
-    tiles = problem.n // 64 * cdiv(problem.m, bm)
-    wide = tiles >= 3 * problem.device.sms
-    narrow = tiles <= problem.device.sms * 5 // 8
-    if wide and bm == 8:
-        yield dict(bm=bm, cs=2, records=2)
-    if wide:
-        yield dict(bm=bm, nw=4, records=2, ring=3 if bm == 64 else 6, lag=0)
-    yield dict(bm=bm, kw=4, cs=1 + narrow, records=2 if bm < 64 else 1)
-    yield dict(bm=bm, kw=4, cs=1 + narrow)
-    yield dict(bm=bm, kw=2, cs=2, records=2 if bm < 64 else 1)
-    yield dict(bm=bm, kw=2)
-    yield dict(bm=bm)
-
-
-def _prefill_shapes(problem: Problem) -> Iterator[dict[str, int]]:
-    """Yield tiles for many tokens, the likeliest first; the last ones run anything."""
-    bm = 64 if problem.m <= 64 else 128
-    tiles = cdiv(problem.m, bm) * (problem.n // 128)
-    split = 2 if tiles <= problem.device.sms * 5 // 8 else 1
-    snake = 4 if problem.m > 512 else 1
-    yield dict(bm=bm, nw=2, cs=split, ring=2, lag=0, snake=snake)
-    yield dict(bm=bm, nw=2, ring=2, lag=0, snake=snake)
-    yield dict(bm=bm, ring=2, lag=0, snake=snake)
-
-
-def _decode_candidates(problem: Problem) -> Iterator[A16DecodeConfig]:
-    """Yield the decode configs worth measuring."""
-    bm = min(64, _token_tile(problem.m))
-    shapes = [
-        dict(kw=kw, cs=cs, slots=slots, records=records)
-        for kw in (1, 2, 4)
-        for cs in (1, 2)
-        for slots, records in ((2, 1), (3, 1), (2, 2))
-    ]
-    shapes += [
-        dict(nw=nw, cs=cs, records=records, ring=ring, lag=lag)
-        for nw in (2, 4)
-        for cs in (1, 2)
-        for records in (1, 2)
-        for ring, lag in ((3, 0), (6, 1))
-    ]
-    for shape in shapes:
-        config = A16DecodeConfig(bm, **shape)
-        if config.refuses(problem) is None:
-            yield config
-
-
-def _prefill_candidates(problem: Problem) -> Iterator[A16PrefillConfig]:
-    """Yield the prefill configs worth measuring."""
-    tiles = (64,) if problem.m <= 64 else (64, 128) if problem.m <= 128 else (128, 256)
-    snakes = (1,) if problem.m <= 512 else (4, 8)
-    for bm in tiles:
-        for nw, kw, cs in ((1, 1, 1), (2, 1, 1), (2, 1, 2), (3, 1, 2), (4, 1, 1), (2, 2, 1)):
-            for ring, lag in ((2, 0), (3, 1), (4, 1)):
-                for snake in snakes:
-                    config = A16PrefillConfig(
-                        bm, nw=nw, kw=kw, cs=cs, ring=ring, lag=lag, snake=snake
-                    )
-                    if config.refuses(problem) is None:
-                        yield config
 
 
 def _run(
@@ -155,11 +63,11 @@ def _run(
 
 
 def _default_decode(problem: Problem) -> StreamConfig:
-    return _first_fit(A16DecodeConfig, _decode_shapes(problem), problem)
+    return next(fitting(A16DecodeConfig, decode_shapes(problem), problem))
 
 
 def _default_prefill(problem: Problem) -> StreamConfig:
-    return _first_fit(A16PrefillConfig, _prefill_shapes(problem), problem)
+    return next(fitting(A16PrefillConfig, prefill_shapes(problem), problem))
 
 
 def _accepts_few(problem: Problem) -> str | None:
@@ -173,7 +81,7 @@ A16_DECODE = Kernel(
     fn=functools.partial(_run, False),
     accepts=_accepts_few,
     default_config=_default_decode,
-    candidates=_decode_candidates,
+    candidates=decode_candidates,
 )
 A16_PREFILL = Kernel(
     name="a16_prefill",
@@ -182,7 +90,7 @@ A16_PREFILL = Kernel(
     fn=functools.partial(_run, True),
     accepts=accepts_hopper,
     default_config=_default_prefill,
-    candidates=_prefill_candidates,
+    candidates=prefill_candidates,
 )
 A16_KERNELS = (A16_DECODE, A16_PREFILL)
 
@@ -321,6 +229,7 @@ def run_padded(
     m = problem.m
     padded = m if m <= 8 else round_up(m, 8)
     problem = dataclasses.replace(problem, m=padded)
+    config = config or config_of_twin(kernels, problem)
     kernel, config = select(kernels, problem, config)
     x = pad_rows(x, padded) if padded > m else x
     out = kernel.fn(problem, config, interpret, weight.record, x, weight.records, *vectors)

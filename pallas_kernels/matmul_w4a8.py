@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.a16_configs import accepts_hopper, decode_shapes, fitting
 from pallas_kernels.matmul_a16 import (
-    accepts_hopper,
     check_operands,
     epilogue_of,
     problem_of,
@@ -19,8 +19,9 @@ from pallas_kernels.matmul_a16 import (
 from pallas_kernels.prepack import Prepacked
 from pallas_kernels.problem import Config, Kernel, KernelError, Problem
 from pallas_kernels.record import Record
-from pallas_kernels.stream import StreamConfig, stream_matmul
-from pallas_kernels.tiles import cdiv, pad_rows
+from pallas_kernels.stream import stream_matmul
+from pallas_kernels.stream_config import StreamConfig
+from pallas_kernels.tiles import pad_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,39 +33,13 @@ class W4A8Config(StreamConfig):
         return "bm must be at most 128" if self.bm > 128 else super().refuses(problem)
 
 
-def _shapes(problem: Problem) -> Iterator[dict[str, int]]:
-    """Yield tiles, the likeliest first; the last ones run anything."""
-    bm = min(64, max(8, 1 << (problem.m - 1).bit_length()))
-    tiles = problem.n // 64 * cdiv(problem.m, bm)
-    narrow = tiles <= problem.device.sms * 5 // 8
-    if tiles >= 3 * problem.device.sms:
-        yield dict(bm=bm, nw=4, records=2, ring=4, lag=0)
-        yield dict(bm=bm, nw=2, records=2, ring=4, lag=0)
-    yield dict(bm=bm, kw=4, cs=1 + narrow, records=2)
-    yield dict(bm=bm, kw=4, cs=1 + narrow)
-    yield dict(bm=bm, kw=2)
-    yield dict(bm=bm)
-
-
 def _default(problem: Problem) -> W4A8Config:
-    configs = (W4A8Config(**shape) for shape in _shapes(problem))
-    return next(config for config in configs if config.refuses(problem) is None)
+    return next(fitting(W4A8Config, decode_shapes(problem), problem))
 
 
 def _candidates(problem: Problem) -> Iterator[W4A8Config]:
     """Yield the configs worth measuring."""
-    bm = min(64, max(8, 1 << (problem.m - 1).bit_length()))
-    shapes = [
-        dict(kw=kw, cs=cs, slots=2, records=records)
-        for kw in (1, 2, 4)
-        for cs in (1, 2)
-        for records in (1, 2)
-    ]
-    shapes += [dict(nw=nw, records=2, ring=ring, lag=0) for nw in (2, 4) for ring in (3, 4)]
-    for shape in shapes:
-        config = W4A8Config(bm, **shape)
-        if config.refuses(problem) is None:
-            yield config
+    return fitting(W4A8Config, decode_shapes(problem), problem)
 
 
 def _run(

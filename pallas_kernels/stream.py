@@ -17,6 +17,7 @@ Scales are applied in one of two ways:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,12 +29,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.accumulate import HostDots, TensorCores
 from pallas_kernels.decode import device_decoder, reference_decoder
-from pallas_kernels.epilogue import Epilogue
+from pallas_kernels.epilogue import Along, Epilogue
 from pallas_kernels.launch import CLUSTER, GRID, WARPGROUP, launch
-from pallas_kernels.problem import Config, Problem
+from pallas_kernels.problem import Problem
 from pallas_kernels.record import CHANNELS, DEPTH, WORDS, Record
+from pallas_kernels.stream_config import STAGE, StreamConfig
 from pallas_kernels.tiles import (
-    SMEM_RESERVE,
     cdiv,
     load,
     scale_rows,
@@ -42,106 +43,17 @@ from pallas_kernels.tiles import (
     tiled_smem,
 )
 
-# Tokens of one output staging buffer.
-STAGE = 64
 # Values of k decoded at a time: one fragment is filled while the tensor cores work on the other.
 HALF = 64
-# Barriers in one array: one phase bit each in a 32 bit register.
-MAX_BARRIERS = 32
-
-
-def scale_name(record: Record) -> str:
-    """Return the scale layout of a record in the words of `Problem.w_scale`."""
-    wide = " float32" if record.scale_dtype == "float32" else ""
-    return f"g{record.group}{wide}"
-
-
-def scale_layout(problem: Problem) -> tuple[int, bool]:
-    """Return the group of a problem's weight scales, and whether they have 32 bits."""
-    group, *wide = problem.w_scale[1:].split()
-    return int(group), bool(wide)
-
-
-@dataclasses.dataclass(frozen=True)
-class StreamConfig(Config):
-    """Tiles of a stream kernel.
-
-    Attributes:
-        bm: tokens of a tile, a multiple of 8.
-        nw: warpgroups over output channels, 64 each.
-        kw: warpgroups over k.
-        cs: blocks of a cluster over k.
-        slots: record slots of a warpgroup.
-        records: records in a slot.
-        ring: steps of activations that the `nw` warpgroups share; 0 if each warpgroup brings its
-            own with its records.
-        lag: steps by which the refill of the shared ring trails the release of a slot.
-        snake: width in tiles of the snake in which output tiles are visited, for L2 reuse.
-    """
-
-    bm: int
-    nw: int = 1
-    kw: int = 1
-    cs: int = 1
-    slots: int = 2
-    records: int = 1
-    ring: int = 0
-    lag: int = 1
-    snake: int = 1
-
-    @property
-    def workers(self) -> int:
-        """Warpgroups of a block."""
-        return self.nw * self.kw
-
-    def smem_bytes(self, problem: Problem) -> int:
-        """Return the shared memory of a block, in bytes."""
-        group, wide = scale_layout(problem)
-        codes = 32 if problem.w_dtype == "uint4" else 64
-        rows = codes + DEPTH // group * (1 + wide + bool(problem.zero))
-        x_bytes = self.bm * DEPTH * jnp.dtype(problem.x_dtype).itemsize
-        activations = self.kw * self.ring if self.ring else self.workers * self.slots
-        stage = self.nw * min(self.bm, STAGE) * CHANNELS * 2
-        sums = (self.kw - 1) * self.nw * CHANNELS * self.bm * 4
-        peers = (self.cs - 1) * self.nw * CHANNELS * self.bm // self.owners * 4
-        vectors = 8 * (self.bm + self.nw * CHANNELS)
-        stream = self.workers * self.slots * self.records * rows * WORDS * 4
-        return (
-            stream + activations * self.records * x_bytes + stage + sums + peers + vectors
-        ) + SMEM_RESERVE
-
-    @property
-    def owners(self) -> int:
-        """Blocks of a cluster that store parts of the output tile."""
-        return min(self.cs, cdiv(self.bm, STAGE))
-
-    def refuses(self, problem: Problem) -> str | None:
-        """Return why this config cannot run `problem`, or None."""
-        total = cdiv(problem.k, DEPTH)
-        if self.bm % 8 or not 8 <= self.bm <= 256 or (self.bm > STAGE and self.bm % STAGE):
-            return "bm must be a multiple of 8 up to 64, or of 64 up to 256"
-        if problem.n % (CHANNELS * self.nw):
-            return f"N={problem.n} is no multiple of {CHANNELS * self.nw} channels"
-        if total % self.records or total // self.records < self.cs * self.kw:
-            return f"{total} records do not split into {self.cs} x {self.kw} runs of {self.records}"
-        if cdiv(self.bm, STAGE) % self.owners:
-            return f"{self.cs} blocks cannot share out {self.bm} tokens"
-        if self.ring and not 0 <= self.lag < self.ring:
-            return "lag must be below ring"
-        if self.nw > 1 and not self.ring and self.kw > 1:
-            return "warpgroups side by side and over k need a shared ring"
-        if self.workers > 8:
-            return "a block has at most 8 warpgroups"
-        if max(self.workers * self.slots, self.kw * self.ring) > MAX_BARRIERS:
-            return f"more than {MAX_BARRIERS} barriers"
-        if self.smem_bytes(problem) > problem.device.smem:
-            return f"needs {self.smem_bytes(problem)} bytes of shared memory"
-        return None
 
 
 @plgpu.inline_mgpu()
-def _sync_warps(ctx: Any) -> None:
+def _warpgroup_barrier(ctx: Any) -> None:
     mgpu.warpgroup_barrier()
+
+
+# Inside a kernel the context is passed by the primitive.
+_sync_warps: Callable[[], None] = _warpgroup_barrier  # pyright: ignore[reportAssignmentType]
 
 
 def _x_smem(slots: int, bm: int, extent: int, depth: int, dtype: Any) -> Any:
@@ -179,7 +91,9 @@ def stream_matmul(
     Returns:
         [m, n] in `problem.out_dtype`.
     """
-    c, m, n = config, problem.m, problem.n
+    # The interpreter has no distributed shared memory.
+    c = dataclasses.replace(config, cs=1) if interpret else config
+    m, n = problem.m, problem.n
     total = cdiv(problem.k, DEPTH)
     extent = c.records * DEPTH  # k of a step
     run, longer = divmod(total // c.records, c.cs * c.kw)  # steps of a share of k
@@ -206,13 +120,13 @@ def stream_matmul(
         w_sm,
         o_sm,
         full,
-        x_full=None,
-        x_empty=None,
-        fetched=None,
-        sums_sm=None,
-        summed=None,
-        peers_sm=None,
-        peers_sent=None,
+        x_full: Any = None,
+        x_empty: Any = None,
+        fetched: Any = None,
+        sums_sm: Any = None,
+        summed: Any = None,
+        peers_sm: Any = None,
+        peers_sent: Any = None,
         **vector_sm,
     ):
         o_gm, vector_gm = refs[-1], dict(zip(names, refs, strict=False))
@@ -251,24 +165,21 @@ def stream_matmul(
                 return action() if condition else None
             return pl.when(condition)(action)
 
-        def prologue():
-            for i in range(slots):
-                guarded(i < steps, lambda i=i: fetch_records(i))
-
         def fill_ring():
             for i in range(ring):
                 guarded(i < steps, lambda i=i: fetch_x(i, x_full.at[x_slot(i)]))
 
+        def fetch_vectors():
+            start: dict[Along, Any] = {"m": m0, "n": block * c.nw * CHANNELS}
+            size: dict[Along, int] = {"m": c.bm, "n": c.nw * CHANNELS}
+            epilogue.fetch(vector_gm, vector_sm, 0, fetched, start, size)
+
         if ring:
             guarded(column == 0 if c.nw > 1 else True, fill_ring)
-        prologue()
+        for i in range(slots):
+            guarded(i < steps, lambda i=i: fetch_records(i))
         if epilogue.vectors:
-            start = {"m": m0, "n": block * c.nw * CHANNELS}
-            size = {"m": c.bm, "n": c.nw * CHANNELS}
-            guarded(
-                warpgroup == 0 if c.workers > 1 else True,
-                lambda: epilogue.fetch(vector_gm, vector_sm, 0, fetched, start, size),
-            )
+            guarded(warpgroup == 0 if c.workers > 1 else True, fetch_vectors)
 
         def refill_records(i):
             """Refill the slot of step i, whose codes all four warps hold in registers."""
@@ -359,7 +270,7 @@ def stream_matmul(
 
         def store(sums: jax.Array, piece):
             first_token = piece * width
-            start = {"m": first_token, "n": column * CHANNELS}
+            start: dict[Along, Any] = {"m": first_token, "n": column * CHANNELS}
             store_tile(
                 epilogue.apply(sums, vector_gm, vector_sm, 0, start),
                 o_sm.at[column],

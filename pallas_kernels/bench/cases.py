@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,44 +10,11 @@ import jax.numpy as jnp
 
 from pallas_kernels import xla
 from pallas_kernels.bench import shapes
+from pallas_kernels.bench.case import Case as Case
+from pallas_kernels.bench.case import Operands
+from pallas_kernels.bench.cases_a16 import CASES_A16
 from pallas_kernels.matmul_a8 import A8_KERNELS, a8_problem, matmul_a8
-from pallas_kernels.problem import Config, Kernel, Problem
 from pallas_kernels.quantize import QUANTIZE_KERNELS, ScaleLayout, quantize, quantize_problem
-
-Operands = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One row of the bench table.
-
-    Attributes:
-        name: the `--op` of the command line.
-        op: the public function, whose tuned entries this case writes.
-        kernels: the kernels to choose from.
-        operands: (m, n, k, seed) -> arrays on the device.
-        call: (operands, config or None) -> result.
-        reference: operands -> the same result by XLA.
-        problem: operands -> problem; shapes and dtypes suffice.
-        tolerance: relative error allowed between `call` and `reference`.
-        sizes: the (m, n, k) to run.
-        work: (m, n, k) -> operations, bytes; the fewest that the op needs.
-        rate: the measured ceiling for its operations, per second.
-        peers: names of other libraries' kernels in the file given by `--against`.
-    """
-
-    name: str
-    op: str
-    kernels: tuple[Kernel, ...]
-    operands: Callable[[int, int, int, int], Operands]
-    call: Callable[[Operands, Config | None], Any]
-    reference: Callable[[Operands], Any]
-    problem: Callable[[Operands], Problem]
-    tolerance: float
-    sizes: tuple[tuple[int, int, int], ...]
-    work: Callable[[int, int, int], tuple[float, float]]
-    rate: float
-    peers: tuple[str, ...]
 
 
 def _a8_operands(dtype: Any, blocked: bool, m: int, n: int, k: int, seed: int) -> Operands:
@@ -151,4 +116,5 @@ CASES: tuple[Case, ...] = (
     _quantize_case("quantize_1x128_rms", "1x128", "rms", ()),
     _quantize_case("quantize_token_gated", "token", "gated", ()),
     _quantize_case("quantize_1x128_gated", "1x128", "gated", ()),
+    *CASES_A16,
 )

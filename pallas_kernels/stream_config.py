@@ -1,0 +1,105 @@
+"""How a stream kernel cuts a problem: its config, what that needs, and why it may not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from pallas_kernels.problem import Config, Problem
+from pallas_kernels.record import CHANNELS, DEPTH, WORDS, Record
+from pallas_kernels.tiles import SMEM_RESERVE, cdiv
+
+# Tokens of one output staging buffer.
+STAGE = 64
+# Barriers in one array: one phase bit each in a 32 bit register.
+MAX_BARRIERS = 32
+
+
+def scale_name(record: Record) -> str:
+    """Return the scale layout of a record in the words of `Problem.w_scale`."""
+    wide = " float32" if record.scale_dtype == "float32" else ""
+    return f"g{record.group}{wide}"
+
+
+def scale_layout(problem: Problem) -> tuple[int, bool]:
+    """Return the group of a problem's weight scales, and whether they have 32 bits."""
+    group, *wide = problem.w_scale[1:].split()
+    return int(group), bool(wide)
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamConfig(Config):
+    """Tiles of a stream kernel.
+
+    Attributes:
+        bm: tokens of a tile, a multiple of 8.
+        nw: warpgroups over output channels, 64 each.
+        kw: warpgroups over k.
+        cs: blocks of a cluster over k.
+        slots: record slots of a warpgroup.
+        records: records in a slot.
+        ring: steps of activations that the `nw` warpgroups share; 0 if each warpgroup brings its
+            own with its records.
+        lag: steps by which the refill of the shared ring trails the release of a slot.
+        snake: width in tiles of the snake in which output tiles are visited, for L2 reuse.
+    """
+
+    bm: int
+    nw: int = 1
+    kw: int = 1
+    cs: int = 1
+    slots: int = 2
+    records: int = 1
+    ring: int = 0
+    lag: int = 1
+    snake: int = 1
+
+    @property
+    def workers(self) -> int:
+        """Warpgroups of a block."""
+        return self.nw * self.kw
+
+    def smem_bytes(self, problem: Problem) -> int:
+        """Return the shared memory of a block, in bytes."""
+        group, wide = scale_layout(problem)
+        codes = 32 if problem.w_dtype == "uint4" else 64
+        rows = codes + DEPTH // group * (1 + wide + bool(problem.zero))
+        x_bytes = self.bm * DEPTH * jnp.dtype(problem.x_dtype).itemsize
+        activations = self.kw * self.ring if self.ring else self.workers * self.slots
+        stage = self.nw * min(self.bm, STAGE) * CHANNELS * 2
+        sums = (self.kw - 1) * self.nw * CHANNELS * self.bm * 4
+        peers = (self.cs - 1) * self.nw * CHANNELS * self.bm // self.owners * 4
+        vectors = 8 * (self.bm + self.nw * CHANNELS)
+        stream = self.workers * self.slots * self.records * rows * WORDS * 4
+        return (
+            stream + activations * self.records * x_bytes + stage + sums + peers + vectors
+        ) + SMEM_RESERVE
+
+    @property
+    def owners(self) -> int:
+        """Blocks of a cluster that store parts of the output tile."""
+        return min(self.cs, cdiv(self.bm, STAGE))
+
+    def refuses(self, problem: Problem) -> str | None:
+        """Return why this config cannot run `problem`, or None."""
+        total = cdiv(problem.k, DEPTH)
+        if self.bm % 8 or not 8 <= self.bm <= 256 or (self.bm > STAGE and self.bm % STAGE):
+            return "bm must be a multiple of 8 up to 64, or of 64 up to 256"
+        if problem.n % (CHANNELS * self.nw):
+            return f"N={problem.n} is no multiple of {CHANNELS * self.nw} channels"
+        if total % self.records or total // self.records < self.cs * self.kw:
+            return f"{total} records do not split into {self.cs} x {self.kw} runs of {self.records}"
+        if cdiv(self.bm, STAGE) % self.owners:
+            return f"{self.cs} blocks cannot share out {self.bm} tokens"
+        if self.ring and not 0 <= self.lag < self.ring:
+            return "lag must be below ring"
+        if self.nw > 1 and not self.ring and self.kw > 1:
+            return "warpgroups side by side and over k need a shared ring"
+        if self.workers > 8:
+            return "a block has at most 8 warpgroups"
+        if max(self.workers * self.slots, self.kw * self.ring) > MAX_BARRIERS:
+            return f"more than {MAX_BARRIERS} barriers"
+        if self.smem_bytes(problem) > problem.device.smem:
+            return f"needs {self.smem_bytes(problem)} bytes of shared memory"
+        return None

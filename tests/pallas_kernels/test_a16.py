@@ -1,0 +1,236 @@
+"""matmul_a16 and matmul_w4a8 against float64: interpreted, as XLA, and lowered to CUDA."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from a16_cases import FORMATS, NARROW, Case
+
+from pallas_kernels import KernelError, matmul_a16, matmul_w4a8, unpack
+from pallas_kernels.a16_configs import A16DecodeConfig, A16PrefillConfig
+from pallas_kernels.matmul_a16 import A16_KERNELS, a16_problem
+from pallas_kernels.matmul_w4a8 import W4A8_KERNELS, W4A8Config, w4a8_problem
+from pallas_kernels.problem import select, tuned_table
+from pallas_kernels.xla_a16 import xla_matmul_a16, xla_matmul_w4a8
+
+ALL = (*FORMATS, *NARROW)
+
+
+def tolerance(case: Case, rounded: bool = False) -> float:
+    """Bound of the relative error: twice what rounding the exact result makes.
+
+    Rounding scales into the operand adds errors of the operand's type, which partly average out.
+    """
+    bound = 2 * oracle.rounding(case.out)
+    return 2 * bound if rounded else bound
+
+
+def check_interpreted(interpret, case: Case, config=None, rounded: bool = False) -> None:
+    """Run one case under the interpreter and compare."""
+    plain = case.plain()
+    op = matmul_w4a8 if case.narrow else matmul_a16
+    got = interpret(op, **case.activations(), weight=case.pack(plain), config=config)
+    assert got.dtype.name == case.out
+    assert oracle.relative_error(got, case.expected(plain)) < tolerance(case, rounded)
+
+
+def xla(case: Case, plain: dict, given: dict) -> np.ndarray:
+    """Return the result of the XLA twin."""
+    op = xla_matmul_w4a8 if case.narrow else xla_matmul_a16
+    return op(**given, weight=case.pack(plain))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_every_format_under_the_interpreter(interpret, case):
+    config = W4A8Config(8, kw=2) if case.narrow else A16DecodeConfig(8, kw=2)
+    case = dataclasses.replace(case, m=5, n=64, k=case.k if case.k % 128 else 384)
+    check_interpreted(interpret, case, config)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("case", [FORMATS[1], FORMATS[4], FORMATS[8], FORMATS[9]], ids=str)
+def test_rounded_scales_under_the_interpreter(interpret, case):
+    case = dataclasses.replace(case, m=70, n=128, k=384)
+    check_interpreted(interpret, case, A16PrefillConfig(64, nw=2, ring=2, lag=0), rounded=True)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("m", "n", "k", "config"),
+    [
+        (1, 64, 512, A16DecodeConfig(8, slots=2)),
+        (13, 128, 512, A16DecodeConfig(16, slots=2, records=2)),
+        (16, 64, 640, A16DecodeConfig(16, kw=2, slots=3)),
+        (16, 128, 1024, A16DecodeConfig(16, nw=2, ring=3, lag=1)),
+        (16, 128, 768, A16DecodeConfig(16, nw=2, records=2, ring=2, lag=0)),
+        (16, 128, 512, A16DecodeConfig(16, nw=2, ring=4, lag=0)),
+        (64, 64, 256, A16DecodeConfig(64, slots=1)),
+        (100, 64, 256, A16PrefillConfig(128, ring=2, lag=0)),
+        (128, 128, 1152, A16PrefillConfig(64, nw=2, ring=3, lag=1, snake=2)),
+        (64, 64, 896, A16PrefillConfig(64, kw=2, ring=3, lag=1)),
+        (200, 64, 512, A16PrefillConfig(256, ring=2, lag=0)),
+    ],
+    ids=str,
+)
+def test_every_shape_of_config(interpret, m, n, k, config):
+    rounded = isinstance(config, A16PrefillConfig)
+    check_interpreted(interpret, Case(m, n, k, zero=True), config, rounded)
+
+
+@pytest.mark.parametrize("m", [1, 13, 200])
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_xla_computes_the_same(case, m):
+    case = dataclasses.replace(case, m=m)
+    plain = case.plain()
+    got = xla(case, plain, case.activations())
+    assert got.dtype == case.out
+    assert oracle.relative_error(got, case.expected(plain)) < tolerance(case, rounded=True)
+
+
+def swap_nibbles(plain):
+    return {"codes": plain["codes"] >> 4 | plain["codes"] << 4}
+
+
+def shift_groups(plain):
+    return {"scales": np.roll(plain["scales"], 1, axis=1)}
+
+
+def shift_channels(plain):
+    return {"scales": np.roll(plain["scales"], 1, axis=0)}
+
+
+def wrong_zero(plain):
+    return {"zeros": plain["zeros"] ^ 1}
+
+
+@pytest.mark.parametrize("wrong", [swap_nibbles, shift_groups, shift_channels, wrong_zero])
+@pytest.mark.parametrize("x", ["bfloat16", "int8"])
+def test_a_wrong_weight_is_noticed(wrong, x):
+    """Negative control: the tolerance must not hide a mistake in the weight."""
+    case = Case(13, group=64, zero=True, x=x)
+    plain = case.plain()
+    expected = case.expected(plain)
+    got = xla(case, {**plain, **wrong(plain)}, case.activations())
+    assert oracle.relative_error(got, expected) > 4 * tolerance(case, rounded=True)
+
+
+@pytest.mark.parametrize("wrong", ["bias", "perm", "x_scale"])
+def test_a_wrong_vector_is_noticed(wrong):
+    case = (
+        Case(13, bias="float32", x="int8")
+        if wrong == "x_scale"
+        else Case(13, bias="float32", perm=True)
+    )
+    plain, given = case.plain(), case.activations()
+    expected = case.expected(plain)
+    given[wrong] = np.roll(given[wrong], 1, axis=0)
+    error = oracle.relative_error(xla(case, plain, given), expected)
+    assert error > 4 * tolerance(case, rounded=True)
+
+
+def lowered(lower, case: Case, config=None) -> None:
+    op = matmul_w4a8 if case.narrow else matmul_a16
+    text = lower(lambda operands: op(**operands, config=config), case.structs())
+    assert "mosaic_gpu" in text
+
+
+@pytest.mark.parametrize("m", [1, 13, 200])
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_every_format_lowers_to_cuda(lower, case, m):
+    lowered(lower, dataclasses.replace(case, m=m))
+
+
+@pytest.mark.parametrize("m", [16, 64, 512])
+def test_every_candidate_lowers_to_cuda(lower, m):
+    case = Case(m, n=28672, k=4096)
+    problem = a16_problem(**case.structs())
+    for kernel in A16_KERNELS:
+        if kernel.accepts(problem) is None:
+            for config in kernel.candidates(problem):
+                lowered(lower, case, config)
+
+
+def test_every_candidate_of_narrow_activations_lowers_to_cuda(lower):
+    case = Case(16, n=4096, k=4096, x="int8", group=32)
+    problem = w4a8_problem(**case.structs())
+    for config in W4A8_KERNELS[0].candidates(problem):
+        lowered(lower, case, config)
+
+
+def tuned_case(entry: dict) -> Case:
+    x, code, _, group, *rest = entry["kind"].split()
+    scale = "float32" if "float32" in rest else "bfloat16"
+    size = (entry["m"], entry["n"], entry["k"])
+    return Case(*size, code=code, group=int(group[1:]), zero="zero" in rest, scale=scale, x=x)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    tuned_table("NVIDIA H200").get("matmul_a16", []),
+    ids=lambda e: f"{e['kind']} {e['m']}x{e['n']}x{e['k']}",
+)
+def test_every_tuned_config_is_chosen_and_lowers_to_cuda(lower, entry):
+    case = tuned_case(entry)
+    kernel, config = select(A16_KERNELS, a16_problem(**case.structs()))
+    assert (kernel.name, dataclasses.asdict(config)) == (entry["kernel"], entry["config"])
+    lowered(lower, case)
+
+
+def test_untuned_types_use_the_configs_of_tuned_ones(lower):
+    for case in (
+        Case(16, n=28672, k=4096, zero=True, group=32),
+        Case(16, n=28672, k=4096, x="float16"),
+        Case(2048, n=8192, k=8192, code="float8_e4m3fn", scale="float32"),
+    ):
+        lowered(lower, case)
+
+
+def test_refusals_name_every_kernel():
+    case = Case(16)
+    other = A16DecodeConfig(16, nw=8)
+    with pytest.raises(KernelError) as error:
+        matmul_a16(**case.activations(), weight=case.pack(case.plain()), config=other)
+    assert set(error.value.reasons) == {kernel.name for kernel in A16_KERNELS}
+    assert "no multiple of 512 channels" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("x", np.ones((3, 64), np.float16), r"\[M, 256\]"),
+        ("x", np.ones((3, 256), np.float32), "bfloat16 or float16"),
+        ("bias", np.ones((5,), np.float32), "bias"),
+        ("perm", np.ones((256,), np.int64 if jax.config.jax_enable_x64 else np.int8), "perm"),
+        ("out_dtype", "float32", "out_dtype"),
+    ],
+)
+def test_operands_that_break_the_contract(name, value, message):
+    case = Case(13)
+    given = {**case.activations(), "weight": case.pack(case.plain()), name: value}
+    with pytest.raises(KernelError, match=message):
+        matmul_a16(**given)
+
+
+def test_a_weight_packed_for_the_other_op_is_refused():
+    wide, narrow = Case(4), Case(4, x="int8")
+    with pytest.raises(KernelError, match="operand=16"):
+        matmul_a16(**wide.activations(), weight=narrow.pack(narrow.plain()))
+    with pytest.raises(KernelError, match="operand=8"):
+        matmul_w4a8(**narrow.activations(), weight=wide.pack(wide.plain()))
+
+
+def test_a_stack_is_refused_and_scanned():
+    case = Case(4)
+    stack = case.pack(jax.tree.map(lambda *a: np.stack(a), case.plain(0), case.plain(1)))
+    x = case.activations()["x"]
+    with pytest.raises(KernelError, match="stacked"):
+        matmul_a16(x, stack)
+    _, both = jax.lax.scan(lambda carry, w: (carry, xla_matmul_a16(x, w)), 0, stack)
+    for layer in range(2):
+        alone = xla_matmul_a16(x, case.pack(case.plain(layer)))
+        np.testing.assert_array_equal(both[layer], alone)
+    assert unpack(stack).codes.dtype == jnp.uint8
