@@ -6,7 +6,7 @@ import fnmatch
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jaxquant.errors import FormatError
@@ -49,6 +49,8 @@ def by_regex_or_suffix(entry: str, path: str) -> bool:
     """transformers: a regex anchored at the start and ending at a component, or a plain suffix."""
     if path.endswith(entry) or by_component(entry, path):
         return True
+    if entry.replace(".", "").replace("_", "").replace("-", "").isalnum():
+        return False
     found = search_prefix(entry, path)
     return found is not None and (
         found == len(path) or path[found] == "." or path[found - 1 : found] == "."
@@ -72,14 +74,44 @@ def by_glob(entry: str, path: str) -> bool:
     return fnmatch.fnmatchcase(path, entry) or f"{path}.".startswith(f"{entry}.")
 
 
+def _runs(path: str) -> set[str]:
+    """Every run of whole components of a path."""
+    parts = path.split(".")
+    return {".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)}
+
+
+@functools.lru_cache(16)
+def _divided(entries: tuple[str, ...]) -> tuple[tuple[str, ...], frozenset[str], tuple[str, ...]]:
+    """Entries that are patterns; the plain ones as a set and as a tuple."""
+    patterns = tuple(e for e in entries if re.search(r"[*+?\[\](){}|^$\\:]", e))
+    plain = tuple(e for e in entries if e not in patterns)
+    return patterns, frozenset(plain), plain
+
+
+def _candidates(coverage: Coverage, names: tuple[str, ...]) -> Iterable[str]:
+    """The entries that can match at all: lists of hundreds meet tens of thousands of modules.
+
+    A plain entry is a run of components or, in the families that allow it, an ending.
+    """
+    if coverage.matches is by_substring:
+        return coverage.ignored
+    patterns, plain, ordered = _divided(coverage.ignored)
+    found = plain & set().union(*map(_runs, names))
+    if any(name.endswith(ordered) for name in names):
+        found |= {e for e in ordered if any(name.endswith(e) for name in names)}
+    return (*patterns, *sorted(found))
+
+
 def ignored_by(coverage: Coverage, path: str) -> str | None:
     """The first ignore entry that covers ``path`` under any of its roots, or None.
 
     A fused name in the list (``qkv_proj``) covers all of its parts.
     """
+    if not coverage.ignored:
+        return None
     names = roots(path)
     aliases = tuple(alias for name in names for alias in fused_aliases(name))
-    for entry in coverage.ignored:
+    for entry in _candidates(coverage, (*names, *aliases)):
         if any(coverage.matches(entry, name) for name in names):
             return entry
         if entry.endswith(tuple(FUSED)) and any(by_component(entry, alias) for alias in aliases):

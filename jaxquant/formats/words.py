@@ -56,7 +56,34 @@ def take_inputs(
     data: tuple[np.ndarray, ...], code: Code, count: int, index: np.ndarray
 ) -> tuple[np.ndarray, ...]:
     """Data planes with their inputs in another order: entry ``i`` becomes input ``index[i]``."""
-    return data_of(np.take(patterns_of(data, code, count), index, axis=1), code)
+    grids = packed_grids(code, AXES, "in", count)
+    return tuple(
+        _take_plane(plane.view(np.uint8), grid[1], index)
+        for plane, grid in zip(data, grids, strict=True)
+    )
+
+
+def _take_plane(plane: np.ndarray, per_byte: int, index: np.ndarray) -> np.ndarray:
+    """:func:`take_inputs` of one plane, by strips of rows that stay in the cache.
+
+    Elements are never interleaved: the first of every byte stand together, then the second, and
+    the index is bent accordingly.
+    """
+    if per_byte == 1:
+        return np.take(plane, index, axis=1)
+    width, columns = 8 // per_byte, plane.shape[1]
+    place = index % per_byte * columns + index // per_byte
+    shifts = [np.uint8(width * i) for i in range(per_byte)]
+    mask = np.uint8((1 << width) - 1)
+    out = np.empty_like(plane, order="C")
+    for start in range(0, plane.shape[0], 32):
+        strip = plane[start : start + 32]
+        parts = np.concatenate([(strip >> shift) & mask for shift in shifts], axis=1)
+        packed = np.take(parts, place[::per_byte], axis=1)
+        for i in range(1, per_byte):
+            packed |= np.take(parts, place[i::per_byte], axis=1) << shifts[i]
+        out[start : start + 32] = packed
+    return out
 
 
 def integer(config: Mapping[str, Any], key: str, *others: str) -> int:

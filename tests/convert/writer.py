@@ -17,16 +17,16 @@ NAMES = {
 
 def header_of(arrays):
     """Header entries and data of arrays in order."""
-    entries, data = {}, b""
+    entries, payloads, end = {}, [], 0
     for name, array in arrays.items():
-        payload = np.ascontiguousarray(array).tobytes()
+        payloads.append(np.ascontiguousarray(array).tobytes())
+        begin, end = end, end + len(payloads[-1])
         entries[name] = {
             "dtype": NAMES[array.dtype],
             "shape": list(array.shape),
-            "data_offsets": [len(data), len(data) + len(payload)],
+            "data_offsets": [begin, end],
         }
-        data += payload
-    return entries, data
+    return entries, b"".join(payloads)
 
 
 def assemble(header, data, length=None):
