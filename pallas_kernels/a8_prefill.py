@@ -65,7 +65,6 @@ class PrefillConfig(Config):
         group: width in tiles of the snake that output tiles follow, for L2 reuse.
         minor: the dimension along which the snake moves first, 0 tokens or 1 channels.
         staging: staging buffers per warpgroup in the epilogue.
-        turns: 1 to let the warpgroups issue their products in turns (for scales along K).
     """
 
     bm: int = 128
@@ -76,7 +75,6 @@ class PrefillConfig(Config):
     group: int = 16
     minor: int = 0
     staging: int = 1
-    turns: int = 0
 
     def smem_bytes(self, problem: Problem) -> int:
         """Return the shared memory of a block, in bytes."""
@@ -96,6 +94,8 @@ class PrefillConfig(Config):
         registers = rows * self.bn // 128 * (2 if promotes(problem) else 1)
         if registers > (192 if self.warpgroups == 2 else 128):
             return f"needs {registers} accumulator registers a thread"
+        if self.bn > problem.n:
+            return f"a tile of {self.bn} channels is wider than the output"
         if self.stages < 2:
             return "needs two stages: one is released when the next is in use"
         if cdiv(problem.m, self.bm) % self.cluster:
@@ -115,13 +115,10 @@ def _refuses(problem: Problem) -> str | None:
 
 def _default(problem: Problem) -> PrefillConfig:
     """Return the widest tile that still gives every SM one."""
-    stages = 6 if promotes(problem) else 4
-    if promotes(problem):
-        return PrefillConfig(bn=128, stages=stages)
-    for bn in (256, 192, 128):
-        config = PrefillConfig(bn=bn, stages=4 if bn == 256 else 5)
+    widths = ((128, 6),) if promotes(problem) else ((256, 4), (192, 5), (128, 6))
+    for bn, stages in widths:
         if cdiv(problem.m, 128) * cdiv(problem.n, bn) >= 0.9 * problem.device.sms:
-            return config
+            return PrefillConfig(bn=bn, stages=stages)
     return PrefillConfig(bn=64, stages=6)
 
 
@@ -138,11 +135,9 @@ def _candidates(problem: Problem) -> Iterator[PrefillConfig]:
     for bm, bn, stages, warpgroups in tiles:
         for cluster in (1, 2):
             for group in (8, 16) if problem.m > 512 else (8,):
-                for staging, turns in ((1, 0), (2, 0), (1, 1), (2, 1))[
-                    : 4 if promotes(problem) else 2
-                ]:
+                for staging in (1, 2):
                     config = PrefillConfig(
-                        bm, bn, stages, warpgroups, cluster, group, staging=staging, turns=turns
+                        bm, bn, stages, warpgroups, cluster, group, staging=staging
                     )
                     if config.refuses(problem) is None:
                         yield config
@@ -179,7 +174,6 @@ def matmul(
         groups_sm: Any = None,
         tile_full: Any = None,
         tile_empty: Any = None,
-        turn: Any = None,
         **vectors,
     ):
         gmem, o_gm = dict(zip(names, refs, strict=False)), refs[-1]
@@ -245,11 +239,6 @@ def matmul(
         def consume():
             plgpu.set_max_registers(232 if c.warpgroups == 2 else 160, action="increase")
             my_rows = pl.ds(warpgroup * rows, rows)
-            if c.turns:
-
-                @pl.when(warpgroup == c.warpgroups - 1)
-                def _():
-                    plgpu.barrier_arrive(turn.at[0])
 
             @plgpu.nd_loop((tiles,), collective_axes=GRID)
             def _(info):
@@ -284,13 +273,7 @@ def matmul(
                     plgpu.barrier_wait(full.at[s])
 
                     def one_step(acc):
-                        # In turns: else all warpgroups multiply together and then add together,
-                        # while the tensor cores rest.
-                        if c.turns:
-                            plgpu.barrier_wait(turn.at[warpgroup])
                         plgpu.wgmma(acc, x_sm.at[s, my_rows], w_sm.at[s].T)
-                        if c.turns:
-                            plgpu.barrier_arrive(turn.at[slot(warpgroup + 1, c.warpgroups)])
                         # The scales are read while the tensor cores work.
                         scales = [w_scale(j * piece, i) if blocked else 1.0 for j in range(pieces)]
                         if grouped:
@@ -338,11 +321,6 @@ def matmul(
                     )
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            if c.turns:
-
-                @pl.when(warpgroup == 0)
-                def _():
-                    plgpu.barrier_wait(turn.at[0])
 
     scratch = {
         "x_sm": tiled_smem((stages, c.bm, bk), problem.x_dtype),
@@ -356,8 +334,6 @@ def matmul(
         else plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=stages),
         **epilogue.scratch(1, c.bm, c.bn),
     }
-    if c.turns:
-        scratch["turn"] = plgpu.Barrier(num_barriers=c.warpgroups)
     if grouped:
         scratch["groups_sm"] = plgpu.SMEM((stages, c.bm), jnp.float32)
     if epilogue.vectors:

@@ -107,13 +107,32 @@ class Problem:
 
     @property
     def kind(self) -> str:
-        """Problems of one kind may use each other's tuned configs: all but sizes and device."""
+        """Problems of one kind may use each other's tuned configs: all but sizes and device.
+
+        What only the epilogue of an 8-bit matmul sees does not matter to its tiles: scales that are
+        constant along K, zero points, and which float8 types are multiplied.
+        """
+        if self.op == "matmul_a8":
+            along_k = [s for s in (self.x_scale, self.w_scale) if "x" in s]
+            return " ".join(["int8" if self.x_dtype == "int8" else "float8", *along_k])
         parts = [self.x_dtype, self.w_dtype, self.x_scale, self.w_scale]
         if self.op == "quantize":
             parts = [self.x_dtype, self.out_dtype, self.x_scale]
         if self.zero:
             parts.append(f"{self.zero} zero")
         return " ".join([*parts, self.fused] if self.fused else parts)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds whose tuned configs suit this problem, its own first.
+
+        For weights decoded in registers, zero points, the size of a group and the type of the
+        activations change little in what a tile costs; only the width of the codes does.
+        """
+        if self.op != "matmul_a16":
+            return (self.kind,)
+        weight = "uint4 none g128" if self.w_dtype == "uint4" else "int8 none g128 float32"
+        return self.kind, f"bfloat16 {weight}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,25 +199,28 @@ def tuned_config(kernels: Iterable[Kernel], problem: Problem) -> tuple[Kernel, C
     """Return the kernel and config measured best on the nearest tuned problem of the same kind.
 
     Nearness is the distance of (m, n, k) in octaves, m counting double because the best tile
-    follows it most.  Entries that cannot run `problem` are passed over.
+    follows it most, and fewer tokens four more: tiles that are too low read the weights twice.
+    Entries that cannot run `problem` are passed over.
     """
     by_name = {kernel.name: kernel for kernel in kernels}
 
     def distance(entry: dict[str, Any]) -> float:
         return (
             2 * abs(math.log2(entry["m"] / problem.m))
+            + (4 if entry["m"] < problem.m else 0)
             + abs(math.log2(entry["n"] / problem.n))
             + abs(math.log2(entry["k"] / problem.k))
         )
 
     entries = tuned_table(problem.device.name).get(problem.op, [])
-    for entry in sorted((e for e in entries if e["kind"] == problem.kind), key=distance):
-        kernel = by_name.get(entry["kernel"])
-        if kernel is None or kernel.accepts(problem):
-            continue
-        config = kernel.config_type(**entry["config"])
-        if config.refuses(problem) is None:
-            return kernel, config
+    for kind in problem.kinds:
+        for entry in sorted((e for e in entries if e["kind"] == kind), key=distance):
+            kernel = by_name.get(entry["kernel"])
+            if kernel is None or kernel.accepts(problem):
+                continue
+            config = kernel.config_type(**entry["config"])
+            if config.refuses(problem) is None:
+                return kernel, config
     return None
 
 

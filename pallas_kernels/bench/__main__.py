@@ -1,43 +1,50 @@
 """Time the kernels: `python -m pallas_kernels.bench [--op NAME] [--shape MxNxK] [--json FILE]`.
 
 For every problem it prints microseconds (kernel time and queued wall time), the rate reached, the
-per cent of the floor (fewest bytes over the copy bandwidth of this GPU, or operations over the
-highest rate seen, whichever is longer), and the ratio to each peer named in `--against FILE`, a
+per cent of the floor (fewest bytes over the copy bandwidth of an H200, or operations over the
+highest rate seen there, whichever is longer), and the ratio to each peer named in `--against FILE`, a
 JSON of {kernel: {"MxNxK": microseconds}}.  A ratio above 1 says that the peer takes longer.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.bench.cases import CASES, Case
 from pallas_kernels.bench.timing import copies, measure, program
 from pallas_kernels.problem import select
 
 
-def copy_bandwidth() -> float:
-    """Return bytes read plus written per second by a copy of 2 GiB."""
-    x = jnp.zeros((1 << 30,), jnp.bfloat16)
-    compiled = program(lambda x: x + jnp.bfloat16(1), [x], 1)
-    return 2 * x.nbytes / (measure(compiled, [x], 1).kernel * 1e-6)
+# Bytes read plus written per second by a large device-to-device copy on an H200.
+COPY_BANDWIDTH = 4.3e12
+
+Size = tuple[int, int, int]
 
 
-def run(case: Case, size: tuple[int, int, int], bandwidth: float) -> dict:
+def prepare(case: Case, size: Size) -> tuple[Callable, list, int]:
+    """Return the compiled program of a problem, its operand sets and its number of calls."""
+    m, n, k = size
+    sets = [case.operands(m, n, k, seed) for seed in range(copies(case.work(m, n, k)[1]))]
+    calls = max(len(sets), 8 if m <= 512 else 2)
+    return program(lambda operands: case.call(operands, None), sets, calls), sets, calls
+
+
+def run(case: Case, size: Size, prepared: tuple[Callable, list, int]) -> dict:
     """Time one problem with the config that selection chooses."""
     m, n, k = size
     operations, nbytes = case.work(m, n, k)
-    sets = [case.operands(m, n, k, seed) for seed in range(copies(nbytes))]
+    compiled, sets, calls = prepared
     kernel, config = select(case.kernels, case.problem(sets[0]))
-    calls = max(len(sets), 8 if m <= 512 else 2)
-    compiled = program(lambda operands: case.call(operands, None), sets, calls)
     timing = measure(compiled, sets, calls)
-    floor = max(nbytes / bandwidth, operations / case.rate) * 1e6
+    floor = max(nbytes / COPY_BANDWIDTH, operations / case.rate) * 1e6
     return {
         "op": case.name,
         "shape": f"{m}x{n}x{k}",
@@ -85,24 +92,27 @@ def main() -> None:
     peers: dict[str, dict[str, float]] = {}
     for file in arguments.against:
         peers.update(json.loads(file.read_text()))
-    bandwidth = copy_bandwidth()
-    print(f"{jax.devices()[0].device_kind}, copy {bandwidth / 1e12:.2f} TB/s")
+    print(jax.devices()[0].device_kind)
     report = []
     for case in CASES:
         if arguments.op and case.name not in arguments.op:
             continue
         rows = []
-        for size in case.sizes:
-            shape = "x".join(map(str, size))
-            if arguments.shape and shape not in arguments.shape:
-                continue
-            row = compare(run(case, size, bandwidth), case, peers)
+        sizes = [
+            size
+            for size in case.sizes
+            if not arguments.shape or "x".join(map(str, size)) in arguments.shape
+        ]
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            programs = list(pool.map(functools.partial(prepare, case), sizes))
+        for size, prepared in zip(sizes, programs, strict=True):
+            row = compare(run(case, size, prepared), case, peers)
             rows.append(row)
             ratios = " ".join(
                 f"{name} {ratio:.2f}" for name, ratio in row.get("ratios", {}).items()
             )
             print(
-                f"{case.name:10} {shape:16} {row['us']:9.2f} us (wall {row['wall_us']:9.2f}) "
+                f"{case.name:10} {row['shape']:16} {row['us']:9.2f} us (wall {row['wall_us']:9.2f}) "
                 f"{row['tflops']:7.1f} TFLOP/s {row['tb_s']:5.2f} TB/s "
                 f"{100 * row['of_floor']:5.1f} % | {ratios} | {row['config']}",
                 flush=True,

@@ -9,6 +9,8 @@ import oracle
 import pytest
 from a8_cases import LAYOUTS, Case
 
+from pallas_kernels.a8_decode import DecodeConfig
+from pallas_kernels.a8_prefill import PrefillConfig
 from pallas_kernels.matmul_a8 import A8_KERNELS, a8_problem, matmul_a8
 
 pytestmark = pytest.mark.gpu
@@ -44,10 +46,21 @@ def errors(jobs: list[tuple[Case, object]], seed: int = 0) -> dict[str, float]:
 
 
 def check(jobs: list[tuple[Case, object]]) -> None:
-    """Fail with every job whose error is more than twice what rounding the result makes."""
+    """Fail with every job whose error is more than twice what rounding the result makes.
+
+    The tensor cores add fp8 products in reduced precision, which shows once the result has the
+    eleven bits of float16: six times its rounding is allowed there.
+    """
     found = errors(jobs)
     print(f"{len(found)} problems, worst {max(found.values()):.2f} of the rounding error")
-    assert not {name: error for name, error in found.items() if not error < 2}
+    wrong = {
+        name: float(error)
+        for name, error in found.items()
+        if not error < (6 if "float8" in name and "float16 " in name else 2)
+    }
+    for name, error in wrong.items():
+        print("wrong:", name, error)
+    assert not wrong
 
 
 @pytest.mark.parametrize("m", [1, 5, 13, 64, 100, 200])
@@ -82,6 +95,18 @@ def test_random_problems():
         n, k = (int(64 * rng.integers(1, 40)) for _ in range(2))
         jobs.append((dataclasses.replace(case, m=m, n=n, k=k), None))
     check(jobs)
+
+
+def test_tiles_larger_than_the_problem():
+    tiles = (PrefillConfig(bn=64, stages=6), PrefillConfig(bn=128, stages=4))
+    jobs = [
+        (dataclasses.replace(case, m=m, n=n, k=1152), config)
+        for case in KINDS.values()
+        for m, n in ((72, 64), (104, 128), (200, 192), (520, 64))
+        for config in tiles
+        if config.bn <= n
+    ]
+    check([*jobs, *((case, DecodeConfig(bm=128, stages=4, split=2)) for case, _ in jobs[::2])])
 
 
 @pytest.mark.slow

@@ -85,11 +85,11 @@ def test_every_layout(interpret, case, m):
         (Case(256, n=128, k=256), PrefillConfig(bm=256, bn=64, stages=2, minor=1, group=2)),
         (
             Case(128, n=320, k=384, x_scale="1x128", w_scale="128x128"),
-            PrefillConfig(bn=192, stages=2, turns=1),
+            PrefillConfig(bn=192, stages=2),
         ),
         (
             Case(192, n=128, k=384, x_scale="1x128", w_scale="128x128"),
-            PrefillConfig(bm=192, bn=128, stages=2, warpgroups=3, turns=1),
+            PrefillConfig(bm=192, bn=128, stages=2, warpgroups=3),
         ),
         (
             Case(16, n=64, k=640, x_scale="1x128", w_scale="64x64"),
@@ -107,7 +107,7 @@ def test_every_shape_of_config(interpret, case, config):
 @pytest.mark.parametrize("scales", [("token", "channel"), ("1x128", "128x128")])
 def test_one_block_makes_many_tiles(interpret, scales):
     case = Case(200, n=256, k=256, x_scale=scales[0], w_scale=scales[1], bias="float32")
-    check_interpreted(interpret, case, PrefillConfig(bn=128, stages=3, turns=scales[0] == "1x128"))
+    check_interpreted(interpret, case, PrefillConfig(bn=128, stages=3))
 
 
 @pytest.mark.parametrize("m", [1, 13, 200])
@@ -157,9 +157,9 @@ def test_every_layout_lowers_to_cuda(lower, case, m):
 
 
 KINDS = {
-    "fp8": Case(0),
+    "float8": Case(0),
     "int8": Case(0, x="int8", w="int8"),
-    "block": Case(0, x_scale="1x128", w_scale="128x128"),
+    "float8 1x128 128x128": Case(0, x_scale="1x128", w_scale="128x128"),
 }
 
 
@@ -181,8 +181,7 @@ def test_every_candidate_lowers_to_cuda(lower, kind, m):
     ids=lambda e: f"{e['kind']} {e['m']}x{e['n']}x{e['k']}",
 )
 def test_every_tuned_config_lowers_to_cuda(lower, entry):
-    x, w, x_scale, w_scale = entry["kind"].split()[:4]
-    case = Case(entry["m"], entry["n"], entry["k"], x, w, x_scale, w_scale)
+    case = dataclasses.replace(KINDS[entry["kind"]], m=entry["m"], n=entry["n"], k=entry["k"])
     problem = a8_problem(**structs(case), **case.options)
     kernel, config = select(A8_KERNELS, problem)
     assert (kernel.name, dataclasses.asdict(config)) == (entry["kernel"], entry["config"])
