@@ -16,6 +16,8 @@ from jaxquant.errors import FormatError
 
 MAX_CONFIG_BYTES = 8 << 20
 MAX_CONFIG_VALUES = 200_000
+MAX_BRACKETS = 400_000
+_CHUNK = 1 << 20
 
 _STRING = rb'"(?:[^"\\\x00-\x1f]++|\\.)*+"'
 _PLAIN = rb'[^"\[\]{}]++'
@@ -34,11 +36,17 @@ _OPEN = re.compile(rb"\s*+\{\s*+")
 def scan_object(buffer: Any, where: str, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
     """Yield ``(key, start, stop)`` of every member of the JSON object in ``buffer[start:stop]``.
 
-    Values are not parsed; they may nest four deep.
+    Values are not parsed; they may nest four deep, and there is a cap on brackets.
 
     Raises:
         FormatError: no JSON object, or bytes after it that are not white space.
     """
+    brackets = 0
+    for low in range(start, stop, _CHUNK):
+        part = buffer[low : min(low + _CHUNK, stop)]
+        brackets += part.count(b"[") + part.count(b"{")
+        if brackets > MAX_BRACKETS:
+            raise FormatError(where, f"over {MAX_BRACKETS} lists and objects", "a few a tensor")
     opened = _OPEN.match(buffer, start, stop)
     if opened is None:
         raise FormatError(where, "no JSON object", "it starts with '{'")

@@ -23,15 +23,16 @@ DATA = X.tobytes()
 
 
 def refused(call, *args):
-    """The error of a call that must be refused within a second and 64 MB."""
+    """The error of a call that must be refused within a second of work and 64 MB."""
+    start = time.process_time()
+    with pytest.raises(FormatError):
+        call(*args)
+    assert time.process_time() - start < 1
     tracemalloc.start()
-    start = time.perf_counter()
     with pytest.raises(FormatError) as caught:
         call(*args)
-    elapsed, (_, peak) = time.perf_counter() - start, tracemalloc.get_traced_memory()
+    _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    # Tracing allocations slows the reader down several times; the limit itself is one second.
-    assert elapsed < 5
     assert peak < 64 << 20
     return caught.value
 
@@ -90,7 +91,7 @@ HEADERS = {
     "many tensors, then a bad one": assemble(
         b"{"
         + b",".join(
-            b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % i for i in range(20_000)
+            b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % i for i in range(5_000)
         )
         + b',"x":{}}',
         b"",
@@ -199,7 +200,7 @@ RAW_INDEXES = {
     "duplicate map": b'{"weight_map": {}, "weight_map": {}}',
     "array": b"[]",
     "nesting bomb": b'{"weight_map": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-    "many lists": b'{"weight_map": {"a": [' + b"[]," * 500_000 + b"1]}}",
+    "many lists": b'{"weight_map": {"a": [' + b"[]," * 5_000_000 + b"1]}}",
     "pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\n",
 }
 
