@@ -2,8 +2,8 @@
 
 For every problem it prints microseconds (kernel time and queued wall time), the rate reached, the
 per cent of the floor (fewest bytes over the copy bandwidth of an H200, or operations over the
-highest rate seen there, whichever is longer), and the ratio to each peer named in `--against FILE`, a
-JSON of {kernel: {"MxNxK": microseconds}}.  A ratio above 1 says that the peer takes longer.
+highest rate seen there, whichever is longer), and the ratio to each peer named in `--against FILE`,
+a JSON of {kernel: {"MxNxK": microseconds}}.  A ratio above 1 says that the peer takes longer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import jax
 from pallas_kernels.bench.cases import CASES, Case
 from pallas_kernels.bench.timing import copies, measure, program
 from pallas_kernels.problem import select
-
 
 # Bytes read plus written per second by a large device-to-device copy on an H200.
 COPY_BANDWIDTH = 4.3e12
@@ -112,7 +111,8 @@ def main() -> None:
                 f"{name} {ratio:.2f}" for name, ratio in row.get("ratios", {}).items()
             )
             print(
-                f"{case.name:10} {row['shape']:16} {row['us']:9.2f} us (wall {row['wall_us']:9.2f}) "
+                f"{case.name:10} {row['shape']:16} {row['us']:9.2f} us "
+                f"(wall {row['wall_us']:9.2f}) "
                 f"{row['tflops']:7.1f} TFLOP/s {row['tb_s']:5.2f} TB/s "
                 f"{100 * row['of_floor']:5.1f} % | {ratios} | {row['config']}",
                 flush=True,
