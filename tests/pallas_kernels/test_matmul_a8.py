@@ -163,6 +163,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("m", [16, 128, 2048])
 def test_every_candidate_lowers_to_cuda(lower, kind, m):
