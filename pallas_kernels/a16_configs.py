@@ -6,11 +6,22 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from pallas_kernels.problem import Config, Kernel, Problem, require_hopper, tuned_config
-from pallas_kernels.stream_config import StreamConfig
+from pallas_kernels.problem import Problem, require_hopper
+from pallas_kernels.stream_config import StreamConfig, scale_layout
 from pallas_kernels.tiles import cdiv
 
 _ConfigType = TypeVar("_ConfigType", bound=StreamConfig)
+
+
+def most_tokens(problem: Problem) -> int:
+    """Return the widest tile of tokens whose sums per group fit the registers of a thread."""
+    return 32 if scale_layout(problem)[0] == 32 else 64
+
+
+def exceeds_registers(config: StreamConfig, problem: Problem) -> str | None:
+    """Return why a config that scales the sums of each group has too many of them, or None."""
+    most = most_tokens(problem)
+    return f"bm must be at most {most} with {problem.w_scale}" if config.bm > most else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +30,7 @@ class A16DecodeConfig(StreamConfig):
 
     def refuses(self, problem: Problem) -> str | None:
         """Return why this config cannot run `problem`, or None."""
-        return "bm must be at most 64" if self.bm > 64 else super().refuses(problem)
+        return exceeds_registers(self, problem) or super().refuses(problem)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +56,7 @@ def _token_tile(m: int) -> int:
 
 def decode_shapes(problem: Problem) -> Iterator[dict[str, int]]:
     """Yield tiles for few tokens, the likeliest first; the last ones run anything."""
-    bm = min(64, _token_tile(problem.m))
+    bm = min(most_tokens(problem), _token_tile(problem.m))
     tiles = problem.n // 64 * cdiv(problem.m, bm)
     wide = tiles >= 3 * problem.device.sms
     narrow = tiles <= problem.device.sms * 5 // 8
@@ -87,7 +98,7 @@ def fitting(
 
 def decode_candidates(problem: Problem) -> Iterator[A16DecodeConfig]:
     """Yield the decode configs worth measuring."""
-    bm = min(64, _token_tile(problem.m))
+    bm = min(most_tokens(problem), _token_tile(problem.m))
     shapes = [
         dict(kw=kw, cs=cs, slots=slots, records=records)
         for kw, cs, slots, records in (
@@ -152,18 +163,3 @@ def prefill_candidates(problem: Problem) -> Iterator[A16PrefillConfig]:
     snakes = (1,) if m <= 128 else (4,) if m <= 512 else (4, 8)
     wanted = (dict(**shape, snake=snake) for shape in shapes for snake in snakes)
     return fitting(A16PrefillConfig, wanted, problem)
-
-
-def config_of_twin(kernels: tuple[Kernel, ...], problem: Problem) -> Config | None:
-    """Return the config tuned for the same sizes with the types that were tuned, if it fits.
-
-    Zero points, the group, and the activations' type change little in what a tile costs.
-    """
-    if tuned_config(kernels, problem):
-        return None
-    code, scale = ("uint4", "g128") if problem.w_dtype == "uint4" else ("int8", "g128 float32")
-    twin = dataclasses.replace(
-        problem, x_dtype="bfloat16", w_dtype=code, w_scale=scale, zero="", bias=""
-    )
-    found = tuned_config(kernels, twin)
-    return found[1] if found and found[1].refuses(problem) is None else None

@@ -12,7 +12,6 @@ from pallas_kernels.a16_configs import (
     A16DecodeConfig,
     A16PrefillConfig,
     accepts_hopper,
-    config_of_twin,
     decode_candidates,
     decode_shapes,
     fitting,
@@ -229,7 +228,6 @@ def run_padded(
     m = problem.m
     padded = m if m <= 8 else round_up(m, 8)
     problem = dataclasses.replace(problem, m=padded)
-    config = config or config_of_twin(kernels, problem)
     kernel, config = select(kernels, problem, config)
     x = pad_rows(x, padded) if padded > m else x
     out = kernel.fn(problem, config, interpret, weight.record, x, weight.records, *vectors)

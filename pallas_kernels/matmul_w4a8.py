@@ -9,7 +9,12 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.a16_configs import accepts_hopper, decode_shapes, fitting
+from pallas_kernels.a16_configs import (
+    accepts_hopper,
+    decode_shapes,
+    exceeds_registers,
+    fitting,
+)
 from pallas_kernels.matmul_a16 import (
     check_operands,
     epilogue_of,
@@ -30,7 +35,7 @@ class W4A8Config(StreamConfig):
 
     def refuses(self, problem: Problem) -> str | None:
         """Return why this config cannot run `problem`, or None."""
-        return "bm must be at most 128" if self.bm > 128 else super().refuses(problem)
+        return exceeds_registers(self, problem) or super().refuses(problem)
 
 
 def _default(problem: Problem) -> W4A8Config:

@@ -207,20 +207,19 @@ def tuned_config(kernels: Iterable[Kernel], problem: Problem) -> tuple[Kernel, C
     def distance(entry: dict[str, Any]) -> float:
         return (
             2 * abs(math.log2(entry["m"] / problem.m))
-            + (4 if entry["m"] < problem.m else 0)
             + abs(math.log2(entry["n"] / problem.n))
             + abs(math.log2(entry["k"] / problem.k))
+            + (entry["kind"] != problem.kind)
         )
 
     entries = tuned_table(problem.device.name).get(problem.op, [])
-    for kind in problem.kinds:
-        for entry in sorted((e for e in entries if e["kind"] == kind), key=distance):
-            kernel = by_name.get(entry["kernel"])
-            if kernel is None or kernel.accepts(problem):
-                continue
-            config = kernel.config_type(**entry["config"])
-            if config.refuses(problem) is None:
-                return kernel, config
+    for entry in sorted((e for e in entries if e["kind"] in problem.kinds), key=distance):
+        kernel = by_name.get(entry["kernel"])
+        if kernel is None or kernel.accepts(problem):
+            continue
+        config = kernel.config_type(**entry["config"])
+        if config.refuses(problem) is None:
+            return kernel, config
     return None
 
 

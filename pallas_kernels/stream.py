@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils as mgpu
@@ -107,6 +108,8 @@ def stream_matmul(
     decode = make_decoder(record, x.dtype, depth, HALF, rounded)
     acc_dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     adder = (HostDots if interpret else TensorCores)((CHANNELS, c.bm), acc_dtype)
+    # Halves of a record that add to one set of accumulators: both if they share a scale.
+    scopes = ((0, 1),) if record.group == DEPTH else ((0,), (1,))
     width = min(c.bm, STAGE)
     pieces = c.bm // width
     owned = pieces // c.owners
@@ -206,15 +209,14 @@ def stream_matmul(
                 plgpu.barrier_wait(x_empty.at[x_slot(i - lag)])
                 fetch_x(i - lag + ring, x_full.at[x_slot(i - lag)])
 
-        def halves(i, j):
-            """Decode record j of step i, half by half; yield group, tile and activations.
+        def tiles(i, j, halves):
+            """Decode halves of record j of step i; yield group, tile and activations.
 
             The code between two halves overlaps the wgmma of the first.
             """
-            for half in range(DEPTH // HALF):
-                for q, tile in enumerate(
-                    decode(w_sm.at[warpgroup * slots + slot(i, slots), j], half)
-                ):
+            record_ref = w_sm.at[warpgroup * slots + slot(i, slots), j]
+            for half in halves:
+                for q, tile in enumerate(decode(record_ref, half)):
                     if ring and j + half + q == 0:
                         plgpu.barrier_wait(x_full.at[x_slot(i)])
                     k = half * HALF + q * record.group // depth * depth
@@ -223,20 +225,20 @@ def stream_matmul(
 
         def exact_step(i, sums):
             plgpu.barrier_wait(full.at[warpgroup * slots + slot(i, slots)])
-            for j in range(c.records):
-                last = j == c.records - 1
+            for j, halves in np.ndindex(c.records, len(scopes)):
+                last = (j, halves) == (c.records - 1, len(scopes) - 1)
 
-                def products(accs, j=j, last=last):
-                    scales = {}
-                    for group, tile, x_ref in halves(i, j):
-                        adder.add(accs, group, tile.operand, x_ref)
-                        scales[group] = tile.scale
+                def products(accs, j=j, halves=scopes[halves], last=last):
+                    scales = []
+                    for group, tile, x_ref in tiles(i, j, halves):
+                        adder.add(accs, group % len(accs), tile.operand, x_ref)
+                        scales.append(tile.scale)
                     if last and ring:
                         refill_records(i)
                     adder.wait(0)
                     return [(adder.read(acc, 0, c.bm), scales[g]) for g, acc in enumerate(accs)]
 
-                for product, scale in adder.scoped(record.groups, products):
+                for product, scale in adder.scoped(max(1, HALF // record.group), products):
                     sums = sums + scale_rows(product.astype(jnp.float32), scale)
             if not ring:  # the slot holds activations too, which the wgmma reads to its end
                 refill_records(i)
@@ -246,7 +248,7 @@ def stream_matmul(
         def rounded_step(i, accs):
             plgpu.barrier_wait(full.at[warpgroup * slots + slot(i, slots)])
             for j in range(c.records):
-                for half, (_, tile, x_ref) in enumerate(halves(i, j)):
+                for half, (_, tile, x_ref) in enumerate(tiles(i, j, range(DEPTH // HALF))):
                     adder.add(accs, 0, tile.operand, x_ref)
                     adder.wait(1)
                     if j + half == 0:  # the step before has no wgmma under way any more
