@@ -101,7 +101,6 @@ def read_with_jaxquant(folder: Path) -> int:
 def measure(reader, folder: Path, queue) -> None:
     """Time ``reader`` in a process of its own; puts seconds, bytes and peak MiB over the start."""
     import jax
-    from flax import nnx
 
     import jaxquant as jq
 

@@ -20,6 +20,7 @@ from jaxquant.convert.names import canonical, ignored
 from jaxquant.convert.plan_file import BASE, PrecisionPlan, resolve
 from jaxquant.convert.read import QuantizedModule, survey
 from jaxquant.convert.read_checkpoint import open_checkpoint
+from jaxquant.convert.read_json import load_object
 from jaxquant.convert.read_kv import is_kv_scale, kv_scales
 from jaxquant.errors import PlanError
 from jaxquant.formats.base import RawTensor, numpy_dtype
@@ -92,9 +93,15 @@ def _loaded_item(value: np.ndarray, origin: str) -> Item:
     return Item(shape, lambda: value, value.nbytes, "array", origin)
 
 
+def _generation_config(path: Path) -> dict[str, Any] | None:
+    """``generation_config.json``, whose stop tokens go before the config's; None where absent."""
+    file = path / "generation_config.json"
+    return load_object(file) if file.is_file() else None
+
+
 def _directory_source(path: Path) -> ModelSource:
     checkpoint = open_checkpoint(path)
-    config = ModelConfig.from_hf(checkpoint.config)
+    config = ModelConfig.from_hf(checkpoint.config, _generation_config(path))
     contents = survey(checkpoint)
     tensors = {n: t for n, t in contents.tensors.items() if not is_kv_scale(n)}
     weights: dict[str, Item] = {}

@@ -1,0 +1,91 @@
+"""Write docs/capabilities.md from a test run: a row per peer-made checkpoint and per test case.
+
+Usage: pytest --junitxml=report.xml ... && python tools/capabilities.py report.xml
+
+Nothing in the table is written by hand: a cell says "yes" where the test of that name passed, "no"
+where it failed and "-" where it did not run.
+"""
+
+import argparse
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+# Column: (test function, what it proves).
+CHECKPOINT_TESTS = {
+    "weights": (
+        "test_corpus_weights_have_the_peers_checksum",
+        "dequantized weights equal the peer's",
+    ),
+    "logits": ("test_logits_match_the_peer", "logits of the whole model agree with the peer's"),
+}
+FORMAT_TESTS = {
+    "value": ("test_value_is_that_of_the_definition", "values follow the format's definition"),
+    "round trip": ("test_encode_is_the_inverse_of_decode", "encode is the inverse of decode"),
+    "structure": (
+        "test_structure_commutes_with_dequantize",
+        "slicing, stacking and joining commute with dequantize",
+    ),
+    "damage": ("test_one_changed_bit_is_seen", "a changed bit changes the value"),
+}
+SCHEME_TESTS = {
+    "matmul": ("test_matmul_against_float64", "XLA matmul agrees with a float64 oracle"),
+    "control": ("test_a_broken_weight_is_noticed", "a broken weight is noticed"),
+    "kernel": ("test_kernels_agree_with_the_xla_path", "the Hopper kernel agrees (interpreter)"),
+}
+
+
+def outcomes(reports: list[Path]) -> dict[tuple[str, str], str]:
+    """(test function, parameter) -> "yes", "no" or "-" of every parametrized test."""
+    found: dict[tuple[str, str], str] = {}
+    for report in reports:
+        for case in ElementTree.parse(report).iter("testcase"):
+            name = re.fullmatch(r"(\w+)\[(.*)\]", case.get("name", ""))
+            if not name:
+                continue
+            bad = any(case.find(kind) is not None for kind in ("failure", "error"))
+            verdict = "-" if case.find("skipped") is not None else "no" if bad else "yes"
+            if found.get(name.groups(), "-") == "-":
+                found[name.groups()] = verdict
+    return found
+
+
+def table(title: str, first: str, tests: dict[str, tuple[str, str]], found: dict) -> list[str]:
+    """A Markdown section with a row for every parameter of the section's tests."""
+    functions = {function for function, _ in tests.values()}
+    rows = sorted({parameter for function, parameter in found if function in functions})
+    lines = [f"## {title}", ""]
+    lines += [
+        f"- {column}: {meaning} (`{function}`)" for column, (function, meaning) in tests.items()
+    ]
+    lines += ["", "| " + " | ".join([first, *tests]) + " |", "|---" * (1 + len(tests)) + "|"]
+    for row in rows:
+        cells = [found.get((function, row), "-") for function, _ in tests.values()]
+        lines.append("| " + " | ".join([row, *cells]) + " |")
+    return [*lines, ""]
+
+
+def main() -> None:
+    """Read reports, write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("reports", nargs="+", type=Path)
+    default = Path(__file__).parent.parent / "docs" / "capabilities.md"
+    parser.add_argument("--out", type=Path, default=default)
+    arguments = parser.parse_args()
+    found = outcomes(arguments.reports)
+    lines = [
+        "# Capabilities",
+        "",
+        "Written by `tools/capabilities.py` from a test run; not edited by hand.",
+        "",
+        *table("Checkpoints made by the peers' own tools", "checkpoint", CHECKPOINT_TESTS, found),
+        *table("Formats", "case", FORMAT_TESTS, found),
+        *table("Schemes", "scheme", SCHEME_TESTS, found),
+    ]
+    arguments.out.write_text("\n".join(lines), encoding="utf-8")
+    verdicts = list(found.values())
+    print(f"{arguments.out}: {verdicts.count('yes')} proven, {verdicts.count('no')} failed")
+
+
+if __name__ == "__main__":
+    main()
