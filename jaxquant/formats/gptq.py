@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +29,6 @@ from jaxquant.formats.base import (
     SCALE_DTYPES,
     Coverage,
     Format,
-    FormatWarning,
     Leaf,
     RawModule,
     Slot,
@@ -39,11 +37,11 @@ from jaxquant.formats.base import (
     numpy_dtype,
 )
 from jaxquant.formats.checks import check_group_index
+from jaxquant.formats.gptq_zeros import BITS, read_zeros, write_zeros, zero_points
 from jaxquant.formats.names import search_prefix
 from jaxquant.formats.words import data_to_rows, integer, rows_to_data, take_inputs
-from jaxquant.transforms.repack import elements_to_words, transpose_copy, words_to_elements
+from jaxquant.transforms.repack import transpose_copy
 
-BITS = (2, 3, 4, 8)
 METHODS = ("gptq", "gptq-marlin")
 VERSIONS = {"": 1, "gptq": 1, "gptq_v2": 2}
 
@@ -173,7 +171,7 @@ def gptq_spec(
     grid: Grid = (1, 1) if layout == "ragged" else (1, WHOLE if group == -1 else group)
     zeros = False
     if qzeros is not None:
-        zeros, version, one_bits = _zero_points(
+        zeros, version, one_bits = zero_points(
             module, bits, one_bits, groups, out, symmetric, version
         )
     elif not symmetric:
@@ -236,76 +234,6 @@ def _group_layout(
     return "ragged"
 
 
-def _ones(bits: int) -> np.uint32:
-    """A word with 1 in every field of ``bits`` bits."""
-    return np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
-
-
-def _read_zeros(words: np.ndarray, bits: int, one_bits: int, out: int, version: int) -> np.ndarray:
-    """Zero points uint8 ``[groups, out]`` of stored words."""
-    if version == 1 and one_bits != bits and 3 not in (bits, one_bits):
-        return words_to_elements(words.view(np.uint32) + _ones(one_bits), bits, out)
-    stored = words_to_elements(words, bits, out)
-    return (stored + np.uint8(2 - version)) & np.uint8((1 << bits) - 1)
-
-
-def _write_zeros(zeros: np.ndarray, spec: GPTQSpec) -> np.ndarray:
-    """Inverse of :func:`_read_zeros`."""
-    bits = spec.code.bits
-    if spec.version == 1 and spec.one_bits != bits and 3 not in (bits, spec.one_bits):
-        words = elements_to_words(zeros, bits).view(np.uint32) - _ones(spec.one_bits)
-        return words.view(np.int32)
-    stored = (zeros - np.uint8(2 - spec.version)) & np.uint8((1 << bits) - 1)
-    return elements_to_words(stored, bits)
-
-
-def _zero_points(
-    module: RawModule,
-    bits: int,
-    one_bits: int,
-    groups: int,
-    out: int,
-    symmetric: bool,
-    version: int,
-) -> tuple[bool, int, int]:
-    """Whether real zero points remain, and the version and width of ones that the data shows."""
-    qzeros = module.need("qzeros")
-    expected = (groups, out * bits // 32)
-    if qzeros.dtype not in ("I32", "U32") or qzeros.shape != expected or out * bits % 32:
-        implied = [b for b in BITS if qzeros.shape == (groups, out * b // 32)]
-        hint = f"the shape says {implied[0]} bits: correct the config" if implied else ""
-        raise qzeros.error(
-            f"{qzeros.dtype} {list(qzeros.shape)}", f"I32 {list(expected)} for {bits} bits", hint
-        )
-    words, middle = qzeros.read(), 1 << (bits - 1)
-    where = f"{qzeros.file}: {qzeros.name}"
-    if symmetric:
-        for candidate, ones in dict.fromkeys(
-            ((version, one_bits), (version, bits), (3 - version, bits))
-        ):
-            if (_read_zeros(words, bits, ones, out, candidate) == middle).all():
-                if candidate != version:
-                    warnings.warn(
-                        f"{where}: zero points are those of gptq v{candidate}, the config says "
-                        f"v{version}; the data is trusted",
-                        FormatWarning,
-                        stacklevel=2,
-                    )
-                return False, candidate, ones
-        warnings.warn(
-            f"{where}: the config says symmetric, the zero points vary; they are used",
-            FormatWarning,
-            stacklevel=2,
-        )
-    if version == 1 and not _read_zeros(words, bits, one_bits, out, version).all():
-        warnings.warn(
-            f"{where}: a stored zero point of -1 is read as zero point 0",
-            FormatWarning,
-            stacklevel=2,
-        )
-    return True, version, one_bits
-
-
 def gptq_shape(spec: GPTQSpec, module: RawModule) -> tuple[int, int]:
     """(out, in)."""
     rows, out = module.need("qweight").shape
@@ -334,7 +262,7 @@ def gptq_decode(
     scales = np.ascontiguousarray(arrays["scales"].T)
     zeros = None
     if spec.zeros:
-        read = _read_zeros(arrays["qzeros"], code.bits, spec.one_bits, out, spec.version)
+        read = read_zeros(arrays["qzeros"], code.bits, spec.one_bits, out, spec.version)
         zeros = np.ascontiguousarray(read.T)
     perm = None
     if spec.perm:
@@ -371,7 +299,7 @@ def gptq_encode(q: QTensor, spec: GPTQSpec) -> dict[str, np.ndarray]:
         "scales": np.ascontiguousarray(np.asarray(q.scales[0]).T),
     }
     if spec.qzeros:
-        arrays["qzeros"] = _write_zeros(zeros.astype(np.uint8), spec)
+        arrays["qzeros"] = write_zeros(zeros.astype(np.uint8), bits, spec.one_bits, spec.version)
     if spec.g_idx is not None:
         arrays["g_idx"] = groups.astype(numpy_dtype(spec.g_idx))
     return arrays
