@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxquant.arrays.bank import ExpertBank as ExpertBank
     from jaxquant.arrays.layout import Layout as Layout
     from jaxquant.arrays.qtensor import QTensor as QTensor
     from jaxquant.arrays.scheme import Scheme as Scheme
@@ -38,10 +39,13 @@ if TYPE_CHECKING:
     from jaxquant.ops import backend as backend
     from jaxquant.ops import grouped_matmul as grouped_matmul
     from jaxquant.ops import matmul as matmul
+    from jaxquant.transforms.experts import bank_experts as bank_experts
+    from jaxquant.transforms.experts import plan_experts as plan_experts
     from jaxquant.transforms.numeric import dequantize as dequantize
     from jaxquant.transforms.numeric import quantize as quantize
 
 _HOMES = {
+    "jaxquant.arrays.bank": ("ExpertBank",),
     "jaxquant.arrays.layout": ("Layout",),
     "jaxquant.arrays.qtensor": ("QTensor",),
     "jaxquant.arrays.scheme": ("Scheme",),
@@ -63,6 +67,7 @@ _HOMES = {
     "jaxquant.nn.prepare": ("prepare_model",),
     "jaxquant.nn.quantize": ("quantize_model",),
     "jaxquant.ops": ("Backend", "backend", "grouped_matmul", "matmul"),
+    "jaxquant.transforms.experts": ("bank_experts", "plan_experts"),
     "jaxquant.transforms.numeric": ("dequantize", "quantize"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

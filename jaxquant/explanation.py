@@ -40,7 +40,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Rows for every weight; prints as a table in which equal neighbours are folded."""
+    """Rows for every weight; prints as a table."""
 
     rows: tuple[Row, ...]
     batch: int
