@@ -205,7 +205,7 @@ def _find_quant_config(directory: Path, config: Mapping[str, Any]) -> dict[str, 
     nested = (_section(config, key, where) for key in TEXT_CONFIGS)
     for section in (config, *filter(None, nested)):
         if (found := _section(section, "quantization_config", where)) is not None:
-            return found
+            return _named(found) or found
         if (found := _section(section, "compression_config", where)) is not None:
             inner = _section(found, "quantization_config", where) or found
             return {"quant_method": "compressed-tensors"} | inner
@@ -240,15 +240,23 @@ def _side_config(name: str, side: dict[str, Any], where: str) -> dict[str, Any]:
         inner = _section(side, "quantization", where) or side
         ignore = inner.get("exclude_modules") or inner.get("ignore") or []
         return {"quant_method": "modelopt"} | inner | {"ignore": ignore}
-    if side.get("quant_method") or side.get("quant_method", "") is None:
-        return side
-    if {"w_bit", "q_group_size", "version", "zero_point"} & set(side):
-        return {"quant_method": "awq"} | side
-    if {"bits", "desc_act"} <= set(side):
-        return {"quant_method": "gptq"} | side
-    if "wbits" in side:
-        return {"quant_method": "qoq"} | side
-    raise FormatError(where, f"keys {sorted(side)[:8]}", "a known quantizer's config")
+    named = _named(side)
+    if named is None:
+        raise FormatError(where, f"keys {sorted(side)[:8]}", "a known quantizer's config")
+    return named
+
+
+def _named(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The config with its ``quant_method``; old ones lack it and are known by their keys."""
+    if config.get("quant_method"):
+        return config
+    if {"w_bit", "q_group_size", "version", "zero_point"} & set(config):
+        return config | {"quant_method": "awq"}
+    if {"bits", "desc_act"} <= set(config):
+        return config | {"quant_method": "gptq"}
+    if "wbits" in config:
+        return config | {"quant_method": "qoq"}
+    return None
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

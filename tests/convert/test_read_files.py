@@ -335,3 +335,9 @@ def test_quantization_configs_of_nested_and_old_names_are_found(tmp_path):
     assert open_checkpoint(tmp_path / "a").method == "compressed-tensors"
     write_checkpoint(tmp_path / "b", {"a": X}, {"compression_config": {"format": "dense"}})
     assert open_checkpoint(tmp_path / "b").method == "compressed-tensors"
+
+
+@pytest.mark.parametrize("method,keys", [("gptq", ("bits", "desc_act")), ("awq", ("w_bit",))])
+def test_old_configs_without_a_method_are_known_by_their_keys(method, keys, tmp_path):
+    write_checkpoint(tmp_path, {"a": X}, {"quantization_config": dict.fromkeys(keys, 4)})
+    assert open_checkpoint(tmp_path).method == method
