@@ -144,6 +144,8 @@ def awq_spec(config: Mapping[str, Any], module: RawModule, group: int) -> AWQSpe
     if qzeros is None and (zero_point or kind == "gemv_fast"):
         raise module.error("no qzeros", "an AWQ weight with zero_point has zero points")
     centred = qzeros is None
+    if qzeros is not None and kind != "gemv_fast" and qzeros.dtype not in ("I32", "U32"):
+        raise qzeros.error(f"dtype {qzeros.dtype}", "I32 words of zero points")
     if qzeros is not None and not zero_point and kind != "gemv_fast":
         stored = np.unique(qzeros.read().view(np.uint32))
         centred = stored.tolist() in ([0], [0x88888888])

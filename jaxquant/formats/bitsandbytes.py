@@ -79,7 +79,7 @@ def _rows(module: RawModule) -> Spec:
     order = module.get("weight_format")
     if weight.dtype != "I8":
         raise weight.error(f"dtype {weight.dtype} beside SCB", "LLM.int8 weights are I8")
-    if order is not None and int(order.read().reshape(-1)[0]) != 0:
+    if order is not None and (order.shape not in ((), (1,)) or order.read().any()):
         raise order.error("a tiled order", "row-major weights (0) are read")
     rows = weight_shape(module)[0]
     if absmax.shape != (rows,):
@@ -187,10 +187,12 @@ def _slots(spec: Spec, shape: tuple[int, int]) -> tuple[Slot, ...]:
     ]
     if not spec.nested_block:
         return (*slots, Slot("weight.absmax", ("F32",)))
+    grid = spec.scales[0].grid
+    blocks = shape[0] * shape[1] // (grid[0] * (grid[1] or shape[1]))
     return (
         *slots,
         Slot("weight.absmax", ("U8",)),
-        Slot("weight.nested_absmax", ("F32",)),
+        Slot("weight.nested_absmax", ("F32",), ((-(-blocks // spec.nested_block),),)),
         Slot("weight.nested_quant_map", ("F32",), ((256,),)),
     )
 

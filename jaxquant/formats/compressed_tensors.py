@@ -160,7 +160,7 @@ def _scaled(module: RawModule, group: Group, weights: Arguments) -> ScaledSpec:
     weight, scale = module.need("weight"), module.need("weight_scale")
     acts = group.activations
     expected = ("I8",) if weights.kind == "int" else ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ")
-    if weight.dtype not in expected or weights.bits > 8:
+    if weight.dtype not in expected or not 2 <= weights.bits <= 8:
         raise weight.error(
             f"dtype {weight.dtype}", f"{weights.kind}{weights.bits} is {' or '.join(expected)}"
         )

@@ -118,7 +118,12 @@ def _activations(
 ) -> ActSpec:
     e4m3 = CODES["e4m3"]
     if method == "fbgemm-fp8":
-        return ActSpec(e4m3, upper_bound=float(config.get("activation_scale_ub", 1200.0)))
+        bound = config.get("activation_scale_ub", 1200.0)
+        if isinstance(bound, bool) or not isinstance(bound, int | float) or not bound > 0:
+            raise FormatError(
+                "quantization_config: activation_scale_ub", repr(bound)[:80], "a positive number"
+            )
+        return ActSpec(e4m3, upper_bound=float(bound))
     if method == "mxfp8":
         return ActSpec(e4m3, "group", group_size=32, scale_code="mx")
     if static:

@@ -146,8 +146,8 @@ def gptq_spec(
     Raises:
         FormatError: shapes contradict the settings, or the group index is unusable.
     """
-    if bits not in BITS:
-        raise FormatError("quantization_config: bits", str(bits), f"one of {BITS}")
+    if bits not in BITS or one_bits not in BITS:
+        raise FormatError("quantization_config: bits", f"{bits}, {one_bits}", f"one of {BITS}")
     if group != -1 and group < 1:
         raise FormatError("quantization_config: group_size", str(group), "-1 or positive")
     qweight, scales = module.need("qweight"), module.need("scales")

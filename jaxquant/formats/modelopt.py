@@ -19,6 +19,7 @@ MXFP8                       ``weight`` F8, ``weight_scale`` U8 [out, in/32]
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -206,6 +207,12 @@ def _row_packed(module: RawModule, name: str) -> RowPackedSpec:
         act = ActSpec(CODES["e4m3"], "tensor", dynamic=False)
         names += ["weight_scale_2", "input_scale"]
     names += ["pre_quant_scale"] if pre is not None else []
+    for suffix in names[2:]:
+        tensor, size = module.need(suffix), inputs if suffix == "pre_quant_scale" else 1
+        if tensor.dtype not in SCALE_DTYPES or math.prod(tensor.shape) != size:
+            raise tensor.error(
+                f"{tensor.dtype} {list(tensor.shape)}", f"{size} 16- or 32-bit floats"
+            )
     sides = (side(module.need(suffix), suffix) for suffix in names)
     return RowPackedSpec(
         kind="row-packed",

@@ -11,7 +11,7 @@ from jaxquant.formats.base import DTYPES
 NAMES = {
     np.dtype(getattr(ml_dtypes, name, name)): dtype
     for dtype, (name, bits) in DTYPES.items()
-    if not dtype.startswith(("F4", "F6"))
+    if not dtype.startswith(("F4", "F6_"))
 }
 
 

@@ -29,7 +29,7 @@ BF16, E4M3, E8M0 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8
 _NAMES = {
     np.dtype(getattr(ml_dtypes, n, n)): d
     for d, (n, _) in DTYPES.items()
-    if d[:2] not in ("F4", "F6")
+    if not d.startswith(("F4", "F6_"))
 }
 
 
