@@ -20,15 +20,6 @@ from tests.formats.cases import CASES, raw
 
 VALUES = [None, -1, 0, 1.5, "x", "4", True, [], {}, [1], [None], {"a": None}, 1 << 70, float("nan")]
 KEYS = ["ignore", "modules_to_not_convert", "dynamic", "fmt", "extra_config", "quantized_layers"]
-    "ignore",
-    "modules_to_not_convert",
-    "dynamic",
-    "fmt",
-    "extra_config",
-    "quantized_layers",
-    "version",
-    "exclude",
-]
 DTYPES = [np.int8, np.uint8, np.int32, np.int64, np.float16, np.float32, np.float64, np.bool_]
 DTYPES += [ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu]
 SHAPES = [(), (0,), (1,), (2,), (3,), (1, 1), (64,), (64, 3), (3, 64), (0, 5), (5, 0), (2, 2, 2)]
