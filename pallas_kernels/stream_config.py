@@ -14,6 +14,8 @@ from pallas_kernels.tiles import SMEM_RESERVE, cdiv
 STAGE = 64
 # Barriers in one array: one phase bit each in a 32 bit register.
 MAX_BARRIERS = 32
+# Elements along one dimension of a TMA copy.
+MAX_COPY = 256
 
 
 def scale_name(record: Record) -> str:
@@ -96,6 +98,8 @@ class StreamConfig(Config):
             return "lag must be below ring"
         if self.nw > 1 and not self.ring and self.kw > 1:
             return "warpgroups side by side and over k need a shared ring"
+        if problem.bias and self.nw * CHANNELS > MAX_COPY:
+            return f"one copy brings the bias of at most {MAX_COPY} channels"
         if self.workers > 8:
             return "a block has at most 8 warpgroups"
         if max(self.workers * self.slots, self.kw * self.ring) > MAX_BARRIERS:

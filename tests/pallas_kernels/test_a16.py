@@ -81,7 +81,7 @@ def test_every_shape_of_config(interpret, m, n, k, config):
     check_interpreted(interpret, Case(m, n, k, zero=True), config, rounded)
 
 
-@pytest.mark.parametrize("m", [1, 13, 200])
+@pytest.mark.parametrize("m", [13, 200])
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_xla_computes_the_same(case, m):
     case = dataclasses.replace(case, m=m)
@@ -138,7 +138,7 @@ def lowered(lower, case: Case, config=None) -> None:
     assert "mosaic_gpu" in text
 
 
-@pytest.mark.parametrize("m", [1, 13, 200])
+@pytest.mark.parametrize("m", [13, 200])
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_every_format_lowers_to_cuda(lower, case, m):
     lowered(lower, dataclasses.replace(case, m=m))
@@ -146,7 +146,7 @@ def test_every_format_lowers_to_cuda(lower, case, m):
 
 @pytest.mark.parametrize("m", [16, 64, 512])
 def test_every_candidate_lowers_to_cuda(lower, m):
-    case = Case(m, n=28672, k=4096)
+    case = Case(m, n=28672, k=4096, bias="bfloat16")
     problem = a16_problem(**case.structs())
     for kernel in A16_KERNELS:
         if kernel.accepts(problem) is None:
