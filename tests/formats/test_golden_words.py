@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jaxquant.arrays.codes import CODES, E2M1_VALUES
+from jaxquant.errors import FormatError
 from jaxquant.formats.base import RawModule
 from jaxquant.formats.ct_packed import read_words, write_words
 from jaxquant.formats.hqq import _shifts
@@ -17,6 +18,7 @@ from jaxquant.formats.nibbles import (
 )
 from jaxquant.formats.qserve import patterns_to_permuted, permuted_to_patterns
 from jaxquant.formats.scaled import E4M3FNUZ
+from jaxquant.formats.swizzle import swizzle_scales, unswizzle_scales
 from jaxquant.transforms.repack import (
     elements_to_words,
     transpose_copy,
@@ -207,3 +209,34 @@ def test_float_bytes(name, byte, value):
 def test_transposing_words_is_a_transpose():
     words = np.arange(35 * 1100, dtype=np.int32).reshape(35, 1100)
     np.testing.assert_array_equal(transpose_copy(words), words.T)
+
+
+SWIZZLE = {
+    (0, 1): 1,
+    (1, 0): 16,
+    (32, 0): 4,
+    (0, 4): 512,
+    (33, 5): 533,
+    (127, 7): 1023,
+    (128, 0): 1024,
+}
+
+
+@pytest.mark.parametrize("element", SWIZZLE)
+def test_swizzled_places(element):
+    scales = np.zeros((200, 8), np.uint8)
+    scales[element] = 7
+    swizzled = swizzle_scales(scales)
+    assert swizzled[SWIZZLE[element]] == 7
+    assert swizzled.sum() == 7
+
+
+@pytest.mark.parametrize("shape", [(128, 4), (200, 7), (1, 1), (300, 12)])
+def test_swizzling_is_invertible(shape):
+    scales = np.random.default_rng(0).integers(0, 120, shape).astype(np.uint8)
+    scales = scales.view(ml_dtypes.float8_e4m3fn)
+    back = unswizzle_scales(swizzle_scales(scales), *shape)
+    assert back.dtype == scales.dtype
+    np.testing.assert_array_equal(back.view(np.uint8), scales.view(np.uint8))
+    with pytest.raises(FormatError, match="bytes"):
+        unswizzle_scales(np.zeros(5, np.uint8), *shape)
