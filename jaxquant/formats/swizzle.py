@@ -1,8 +1,8 @@
 """The swizzled order of block scales that tensor-core libraries read (tiles of 128 rows x 4).
 
-Checkpoints keep block scales row-major; some runtimes store them swizzled.  Byte (m, k) of a matrix
-padded to 128 rows and 4 columns stands at ``((m // 128) * columns / 4 + k // 4) * 512 + m % 32 * 16 +
-m % 128 // 32 * 4 + k % 4``.
+Checkpoints keep block scales row-major; some runtimes store them swizzled.  With the matrix padded
+to 128 rows and 4 columns, byte (m, k) stands at
+``(m // 128 * columns / 4 + k // 4) * 512 + m % 32 * 16 + m % 128 // 32 * 4 + k % 4``.
 """
 
 from __future__ import annotations
