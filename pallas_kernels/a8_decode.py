@@ -74,6 +74,15 @@ class DecodeConfig(Config):
     cluster: int = 1
     occupancy: int = 1
 
+    def adapted(self, problem: Problem) -> DecodeConfig:
+        """Return this config with tiles of the least height that reads the weights once."""
+        height = _tile_tokens(problem.m)
+        for stages in range(self.stages, 1, -1):
+            config = dataclasses.replace(self, bm=height, stages=stages)
+            if stages % self.split == 0 and config.refuses(problem) is None:
+                return config
+        return self
+
     @property
     def parts(self) -> int:
         """Parts of a tile's tokens, each summed and stored by another block of the cluster."""
@@ -110,6 +119,11 @@ class DecodeConfig(Config):
         return None
 
 
+def _tile_tokens(m: int) -> int:
+    """Return the height of the least tile that holds all tokens, if there is one."""
+    return min(128, max(8, 1 << (m - 1).bit_length()))
+
+
 def _refuses(problem: Problem) -> str | None:
     if reason := common_refusal(problem):
         return reason
@@ -123,10 +137,6 @@ def _fitted(problem: Problem, bm: int, atoms: int, *shape: int) -> DecodeConfig 
         if stages % config.split == 0 and config.refuses(problem) is None:
             return config
     return None
-
-
-def _tile_tokens(m: int) -> int:
-    return min(128, max(8, 1 << (m - 1).bit_length()))
 
 
 def _default(problem: Problem) -> DecodeConfig:

@@ -94,8 +94,9 @@ class PrefillConfig(Config):
         registers = rows * self.bn // 128 * (2 if promotes(problem) else 1)
         if registers > (192 if self.warpgroups == 2 else 128):
             return f"needs {registers} accumulator registers a thread"
-        if self.bn > problem.n:
-            return f"a tile of {self.bn} channels is wider than the output"
+        # On an H200 a weight tile wider than all weights gave wrong results.
+        if self.bn > problem.n or self.bm > problem.m:
+            return f"a tile of {self.bm} x {self.bn} is larger than the output"
         if self.stages < 2:
             return "needs two stages: one is released when the next is in use"
         if cdiv(problem.m, self.bm) % self.cluster:
@@ -110,13 +111,15 @@ class PrefillConfig(Config):
 def _refuses(problem: Problem) -> str | None:
     if reason := common_refusal(problem):
         return reason
-    return "takes more than 64 tokens" if problem.m <= 64 else None
+    return "takes at least 128 tokens" if problem.m < 128 else None
 
 
 def _default(problem: Problem) -> PrefillConfig:
     """Return the widest tile that still gives every SM one."""
     widths = ((128, 6),) if promotes(problem) else ((256, 4), (192, 5), (128, 6))
     for bn, stages in widths:
+        if bn > problem.n:
+            continue
         if cdiv(problem.m, 128) * cdiv(problem.n, bn) >= 0.9 * problem.device.sms:
             return PrefillConfig(bn=bn, stages=stages)
     return PrefillConfig(bn=64, stages=6)

@@ -143,6 +143,11 @@ class Config:
         """Return why this config cannot run `problem`, or None when it can."""
         raise NotImplementedError
 
+    def adapted(self, problem: Problem) -> Config:
+        """Return this config, tuned for a problem of other sizes, as `problem` should use it."""
+        del problem
+        return self
+
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
@@ -199,8 +204,8 @@ def tuned_config(kernels: Iterable[Kernel], problem: Problem) -> tuple[Kernel, C
     """Return the kernel and config measured best on the nearest tuned problem of the same kind.
 
     Nearness is the distance of (m, n, k) in octaves, m counting double because the best tile
-    follows it most, and fewer tokens four more: tiles that are too low read the weights twice.
-    Entries that cannot run `problem` are passed over.
+    follows it most, and another kind counting one.  Entries that cannot run `problem`, even after
+    `Config.adapted`, are passed over.
     """
     by_name = {kernel.name: kernel for kernel in kernels}
 
@@ -217,7 +222,7 @@ def tuned_config(kernels: Iterable[Kernel], problem: Problem) -> tuple[Kernel, C
         kernel = by_name.get(entry["kernel"])
         if kernel is None or kernel.accepts(problem):
             continue
-        config = kernel.config_type(**entry["config"])
+        config = kernel.config_type(**entry["config"]).adapted(problem)
         if config.refuses(problem) is None:
             return kernel, config
     return None

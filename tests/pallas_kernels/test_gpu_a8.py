@@ -97,16 +97,18 @@ def test_random_problems():
     check(jobs)
 
 
-def test_tiles_larger_than_the_problem():
-    tiles = (PrefillConfig(bn=64, stages=6), PrefillConfig(bn=128, stages=4))
+def test_tiles_beyond_the_edge():
+    """The last tiles of rows and columns stick out, and a decode tile is taller than the input."""
     jobs = [
         (dataclasses.replace(case, m=m, n=n, k=1152), config)
         for case in KINDS.values()
-        for m, n in ((72, 64), (104, 128), (200, 192), (520, 64))
-        for config in tiles
+        for m, n in ((136, 192), (200, 192), (520, 64))
+        for config in (PrefillConfig(bn=64, stages=6), PrefillConfig(bn=128, stages=4))
         if config.bn <= n
     ]
-    check([*jobs, *((case, DecodeConfig(bm=128, stages=4, split=2)) for case, _ in jobs[::2])])
+    tall = DecodeConfig(bm=128, stages=4, split=2)
+    jobs += [(dataclasses.replace(case, m=72, n=64, k=1152), tall) for case in KINDS.values()]
+    check(jobs)
 
 
 @pytest.mark.slow
