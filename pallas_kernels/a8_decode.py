@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,10 +19,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.a8_configs import (
+    CHANNELS,
+    DecodeConfig,
+    decode_candidates,
+    decode_default,
+    decode_refuses,
+)
 from pallas_kernels.a8_problem import (
     GROUP,
     accumulator_dtype,
-    common_refusal,
     epilogue_of,
     operand_names,
     promotes,
@@ -31,11 +36,9 @@ from pallas_kernels.a8_problem import (
     w_block,
 )
 from pallas_kernels.launch import CLUSTER, GRID, WARPGROUP, launch
-from pallas_kernels.problem import Config, Kernel, Problem
+from pallas_kernels.problem import Kernel, Problem
 from pallas_kernels.tiles import (
     COLUMN,
-    SMEM_ALIGNMENT,
-    SMEM_RESERVE,
     accumulator,
     cdiv,
     drain,
@@ -47,146 +50,6 @@ from pallas_kernels.tiles import (
     store_tile,
     tiled_smem,
 )
-
-# Channels of a warpgroup: the rows of one wgmma.
-CHANNELS = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeConfig(Config):
-    """Tiles of the decode kernel.
-
-    Attributes:
-        bm: tokens of a tile, a multiple of 8.
-        stages: K steps in flight in a block.
-        atoms: 128-byte K atoms of a step; 2 halves the barrier traffic of a thin tile.
-        channels: warpgroups side by side over output channels, 64 each; they share activations.
-        split: warpgroups of a block that share out the K steps of the same channels.
-        cluster: blocks that share out K.
-        occupancy: blocks meant to be resident on one SM.
-    """
-
-    bm: int = 16
-    stages: int = 12
-    atoms: int = 1
-    channels: int = 1
-    split: int = 2
-    cluster: int = 1
-    occupancy: int = 1
-
-    def adapted(self, problem: Problem) -> DecodeConfig:
-        """Return this config with tiles of the least height that reads the weights once."""
-        height = _tile_tokens(problem.m)
-        for stages in range(self.stages, 1, -1):
-            config = dataclasses.replace(self, bm=height, stages=stages)
-            if stages % self.split == 0 and config.refuses(problem) is None:
-                return config
-        return self
-
-    @property
-    def parts(self) -> int:
-        """Parts of a tile's tokens, each summed and stored by another block of the cluster."""
-        return self.cluster if self.bm >= 8 * self.cluster else 1
-
-    def smem_bytes(self, problem: Problem) -> int:
-        """Return the shared memory of a block, in bytes."""
-        bn = CHANNELS * self.channels
-        ring = self.stages * (self.bm + bn) * step_k(problem) * self.atoms
-        if problem.x_scale == "1x128":
-            ring += round_up(self.stages * round_up(self.bm * 4, 128), SMEM_ALIGNMENT)
-        width = self.bm // self.parts
-        sums = ((self.split - 1) * self.bm + (self.cluster - 1) * width) * bn * 4
-        vectors = epilogue_of(problem, transposed=True).smem_bytes(1, self.bm, bn)
-        return ring + sums + bn * width * 2 + vectors + SMEM_RESERVE
-
-    def refuses(self, problem: Problem) -> str | None:
-        """Return why this config cannot run `problem`, or None."""
-        step = step_k(problem) * self.atoms
-        if self.bm % (8 * self.parts) or not 8 <= self.bm <= 128:
-            return "bm, and its part for each block of a cluster, must be multiples of 8 up to 128"
-        if promotes(problem) and self.atoms > 1:
-            return "scales along K need steps of one atom"
-        if problem.n % (CHANNELS * self.channels):
-            return f"N={problem.n} is no multiple of {CHANNELS * self.channels} channels"
-        if problem.k % (step * self.cluster) or problem.k // step // self.cluster < self.split:
-            return f"K={problem.k} does not split into {self.cluster} x {self.split} runs of {step}"
-        if self.stages < 2 * self.split:
-            return "needs two stages for each share of K: one is released when the next is in use"
-        if self.channels * self.split > 7:
-            return "a block has at most 7 multiplying warpgroups"
-        if self.smem_bytes(problem) * self.occupancy > problem.device.smem:
-            return f"needs {self.smem_bytes(problem)} bytes of shared memory x {self.occupancy}"
-        return None
-
-
-def _tile_tokens(m: int) -> int:
-    """Return the height of the least tile that holds all tokens, if there is one."""
-    return min(128, max(8, 1 << (m - 1).bit_length()))
-
-
-def _refuses(problem: Problem) -> str | None:
-    if reason := common_refusal(problem):
-        return reason
-    return None if problem.m <= 256 else "takes at most 256 tokens"
-
-
-def _fitted(problem: Problem, bm: int, atoms: int, *shape: int) -> DecodeConfig | None:
-    """Return the config of a shape with as many stages as fit, or None."""
-    for stages in range(16 // atoms, 2, -1):
-        config = DecodeConfig(bm, stages, atoms, *shape)
-        if stages % config.split == 0 and config.refuses(problem) is None:
-            return config
-    return None
-
-
-def _default(problem: Problem) -> DecodeConfig:
-    """Split K until every SM has a block, as far as K and the cluster allow."""
-    bm = _tile_tokens(problem.m)
-    best = None
-    for shape in ((2, 1, 1), (1, 2, 1), (1, 2, 2), (1, 1, 2), (2, 1, 4), (1, 1, 4), (1, 1, 1)):
-        config = _fitted(problem, bm, 1, *shape)
-        if config:
-            best = config
-            blocks = cdiv(problem.m, bm) * problem.n // (CHANNELS * shape[0]) * shape[2]
-            if blocks >= problem.device.sms * 0.9:
-                return config
-    return best or DecodeConfig(8, 4, 1, 1, 1, 1)
-
-
-def _candidates(problem: Problem) -> Iterator[DecodeConfig]:
-    """Yield the configs worth measuring."""
-    bm = _tile_tokens(problem.m)
-    if problem.m <= 32:
-        shapes = (
-            (1, 2, 1, 1),
-            (1, 2, 2, 1),
-            (1, 2, 1, 2),
-            (1, 2, 2, 2),
-            (2, 1, 1, 2),
-            (1, 1, 1, 4),
-        )
-    else:
-        shapes = (
-            (1, 2, 1, 1),
-            (1, 2, 2, 1),
-            (1, 2, 1, 2),
-            (1, 1, 2, 2),
-            (2, 1, 1, 1),
-            (2, 1, 2, 1),
-        )
-        shapes += (
-            (2, 1, 4, 1),
-            (2, 2, 2, 1),
-            (1, 2, 4, 1),
-            (3, 1, 1, 1),
-            (4, 1, 2, 1),
-            (4, 1, 4, 1),
-        )
-    for channels, split, cluster, occupancy in shapes:
-        for atoms in (1, 2) if problem.m <= 64 and not promotes(problem) else (1,):
-            config = _fitted(problem, bm, atoms, channels, split, cluster, occupancy)
-            if config:
-                yield config
 
 
 def matmul(
@@ -408,7 +271,7 @@ DECODE = Kernel(
     op="matmul_a8",
     config_type=DecodeConfig,
     fn=matmul,
-    accepts=_refuses,
-    default_config=_default,
-    candidates=_candidates,
+    accepts=decode_refuses,
+    default_config=decode_default,
+    candidates=decode_candidates,
 )

@@ -10,8 +10,6 @@ the tensor cores add fp8 products.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -21,10 +19,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.a8_configs import (
+    STAGE,
+    PrefillConfig,
+    prefill_candidates,
+    prefill_default,
+    prefill_refuses,
+)
 from pallas_kernels.a8_problem import (
     GROUP,
     accumulator_dtype,
-    common_refusal,
     epilogue_of,
     operand_names,
     promotes,
@@ -32,118 +36,19 @@ from pallas_kernels.a8_problem import (
     w_block,
 )
 from pallas_kernels.launch import CLUSTER, GRID, WARPGROUP, launch
-from pallas_kernels.problem import Config, Kernel, Problem
+from pallas_kernels.problem import Kernel, Problem
 from pallas_kernels.tiles import (
     ROW,
-    SMEM_ALIGNMENT,
-    SMEM_RESERVE,
     accumulator,
     cdiv,
     drain,
     load,
     release,
-    round_up,
     scale_rows,
     slot,
     store_tile,
     tiled_smem,
 )
-
-# Columns of one staging buffer of the epilogue: 128 bytes of a 16-bit type, one swizzle atom.
-STAGE = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class PrefillConfig(Config):
-    """Tiles of the prefill kernel.
-
-    Attributes:
-        bm, bn: tokens and output channels of a block's tile.
-        stages: K steps in flight.
-        warpgroups: multiplying warpgroups; each takes bm / warpgroups tokens.
-        cluster: blocks that share one weight tile by multicast.
-        group: width in tiles of the snake that output tiles follow, for L2 reuse.
-        minor: the dimension along which the snake moves first, 0 tokens or 1 channels.
-        staging: staging buffers per warpgroup in the epilogue.
-    """
-
-    bm: int = 128
-    bn: int = 256
-    stages: int = 4
-    warpgroups: int = 2
-    cluster: int = 1
-    group: int = 16
-    minor: int = 0
-    staging: int = 1
-
-    def smem_bytes(self, problem: Problem) -> int:
-        """Return the shared memory of a block, in bytes."""
-        ring = self.stages * (self.bm + self.bn) * step_k(problem)
-        if problem.x_scale == "1x128":
-            ring += round_up(self.stages * self.bm * 4, SMEM_ALIGNMENT)
-        staging = self.warpgroups * self.staging * 64 * STAGE * 2
-        vectors = epilogue_of(problem, transposed=False).smem_bytes(1, self.bm, self.bn)
-        return ring + staging + vectors + SMEM_RESERVE
-
-    def refuses(self, problem: Problem) -> str | None:
-        """Return why this config cannot run `problem`, or None."""
-        rows = self.bm // self.warpgroups
-        if self.bm % self.warpgroups or rows not in (64, 128) or self.bn % 64 or self.bn > 256:
-            return "a warpgroup takes 64 or 128 tokens by 64 to 256 channels"
-        # float32 registers of a thread for accumulators; a promoted tile has a total besides.
-        registers = rows * self.bn // 128 * (2 if promotes(problem) else 1)
-        if registers > (192 if self.warpgroups == 2 else 128):
-            return f"needs {registers} accumulator registers a thread"
-        # On an H200 a weight tile wider than all weights gave wrong results.
-        if self.bn > problem.n or self.bm > problem.m:
-            return f"a tile of {self.bm} x {self.bn} is larger than the output"
-        if self.stages < 2:
-            return "needs two stages: one is released when the next is in use"
-        if cdiv(problem.m, self.bm) % self.cluster:
-            return f"{cdiv(problem.m, self.bm)} row tiles do not divide by cluster {self.cluster}"
-        if self.smem_bytes(problem) > problem.device.smem:
-            return (
-                f"needs {self.smem_bytes(problem)} of {problem.device.smem} bytes of shared memory"
-            )
-        return None
-
-
-def _refuses(problem: Problem) -> str | None:
-    if reason := common_refusal(problem):
-        return reason
-    return "takes at least 128 tokens" if problem.m < 128 else None
-
-
-def _default(problem: Problem) -> PrefillConfig:
-    """Return the widest tile that still gives every SM one."""
-    widths = ((128, 6),) if promotes(problem) else ((256, 4), (192, 5), (128, 6))
-    for bn, stages in widths:
-        if bn > problem.n:
-            continue
-        if cdiv(problem.m, 128) * cdiv(problem.n, bn) >= 0.9 * problem.device.sms:
-            return PrefillConfig(bn=bn, stages=stages)
-    return PrefillConfig(bn=64, stages=6)
-
-
-def _candidates(problem: Problem) -> Iterator[PrefillConfig]:
-    """Yield the configs worth measuring: wide tiles for many tokens, narrow ones for few."""
-    if promotes(problem):
-        tiles = [(128, 128, 6, 2), (192, 128, 4, 3), (128, 192, 4, 2)]
-        if problem.m <= 512:
-            tiles += [(128, 64, 8, 2)]
-    elif problem.m > 512:
-        tiles = [(128, 256, 4, 2)]
-    else:
-        tiles = [(128, 256, 4, 2), (128, 192, 5, 2), (128, 128, 6, 2), (128, 64, 8, 2)]
-    for bm, bn, stages, warpgroups in tiles:
-        for cluster in (1, 2):
-            for group in (8, 16) if problem.m > 512 else (8,):
-                for staging in (1, 2):
-                    config = PrefillConfig(
-                        bm, bn, stages, warpgroups, cluster, group, staging=staging
-                    )
-                    if config.refuses(problem) is None:
-                        yield config
 
 
 def matmul(
@@ -360,7 +265,7 @@ PREFILL = Kernel(
     op="matmul_a8",
     config_type=PrefillConfig,
     fn=matmul,
-    accepts=_refuses,
-    default_config=_default,
-    candidates=_candidates,
+    accepts=prefill_refuses,
+    default_config=prefill_default,
+    candidates=prefill_candidates,
 )

@@ -9,8 +9,7 @@ import oracle
 import pytest
 from a8_cases import LAYOUTS, Case
 
-from pallas_kernels.a8_decode import DecodeConfig
-from pallas_kernels.a8_prefill import PrefillConfig
+from pallas_kernels.a8_configs import DecodeConfig, PrefillConfig
 from pallas_kernels.matmul_a8 import A8_KERNELS, a8_problem, matmul_a8
 
 pytestmark = pytest.mark.gpu

@@ -10,8 +10,7 @@ import pytest
 from a8_cases import LAYOUTS, TOKENS, Case
 
 from pallas_kernels import KernelError, xla
-from pallas_kernels.a8_decode import DecodeConfig
-from pallas_kernels.a8_prefill import PrefillConfig
+from pallas_kernels.a8_configs import DecodeConfig, PrefillConfig
 from pallas_kernels.matmul_a8 import A8_KERNELS, a8_problem, matmul_a8
 from pallas_kernels.problem import H200, select, tuned_table
 
@@ -176,17 +175,28 @@ def test_every_candidate_lowers_to_cuda(lower, kind, m):
                 lowered(lower, case, config)
 
 
-@pytest.mark.parametrize(
-    "entry",
-    tuned_table("NVIDIA H200").get("matmul_a8", []),
-    ids=lambda e: f"{e['kind']} {e['m']}x{e['n']}x{e['k']}",
-)
-def test_every_tuned_config_lowers_to_cuda(lower, entry):
-    case = dataclasses.replace(KINDS[entry["kind"]], m=entry["m"], n=entry["n"], k=entry["k"])
-    problem = a8_problem(**structs(case), **case.options)
-    kernel, config = select(A8_KERNELS, problem)
-    assert (kernel.name, dataclasses.asdict(config)) == (entry["kernel"], entry["config"])
-    lowered(lower, case)
+TUNED = tuned_table("NVIDIA H200").get("matmul_a8", [])
+
+
+def tuned_case(entry: dict) -> Case:
+    """Return a case of an entry's kind and sizes."""
+    return dataclasses.replace(KINDS[entry["kind"]], m=entry["m"], n=entry["n"], k=entry["k"])
+
+
+def test_every_tuned_config_is_selected():
+    assert TUNED
+    for entry in TUNED:
+        case = tuned_case(entry)
+        kernel, config = select(A8_KERNELS, a8_problem(**structs(case), **case.options))
+        assert (kernel.name, dataclasses.asdict(config)) == (entry["kernel"], entry["config"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tuned_config_lowers_to_cuda(lower, kind):
+    entries = [entry for entry in TUNED if entry["kind"] == kind]
+    unique = {(e["kernel"], *e["config"].values()): e for e in entries}
+    for entry in unique.values():
+        lowered(lower, tuned_case(entry))
 
 
 def test_refusals_name_every_kernel():

@@ -1,0 +1,247 @@
+"""Tile sizes of the 8-bit matmul kernels: what fits, sane defaults, what is worth measuring."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from pallas_kernels.a8_problem import common_refusal, epilogue_of, promotes, step_k
+from pallas_kernels.problem import Config, Problem
+from pallas_kernels.tiles import SMEM_ALIGNMENT, SMEM_RESERVE, cdiv, round_up
+
+# Channels of a warpgroup: the rows of one wgmma.
+CHANNELS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig(Config):
+    """Tiles of the decode kernel.
+
+    Attributes:
+        bm: tokens of a tile, a multiple of 8.
+        stages: K steps in flight in a block.
+        atoms: 128-byte K atoms of a step; 2 halves the barrier traffic of a thin tile.
+        channels: warpgroups side by side over output channels, 64 each; they share activations.
+        split: warpgroups of a block that share out the K steps of the same channels.
+        cluster: blocks that share out K.
+        occupancy: blocks meant to be resident on one SM.
+    """
+
+    bm: int = 16
+    stages: int = 12
+    atoms: int = 1
+    channels: int = 1
+    split: int = 2
+    cluster: int = 1
+    occupancy: int = 1
+
+    def adapted(self, problem: Problem) -> DecodeConfig:
+        """Return this config with tiles of the least height that reads the weights once."""
+        height = _tile_tokens(problem.m)
+        for stages in range(self.stages, 1, -1):
+            config = dataclasses.replace(self, bm=height, stages=stages)
+            if stages % self.split == 0 and config.refuses(problem) is None:
+                return config
+        return self
+
+    @property
+    def parts(self) -> int:
+        """Parts of a tile's tokens, each summed and stored by another block of the cluster."""
+        return self.cluster if self.bm >= 8 * self.cluster else 1
+
+    def smem_bytes(self, problem: Problem) -> int:
+        """Return the shared memory of a block, in bytes."""
+        bn = CHANNELS * self.channels
+        ring = self.stages * (self.bm + bn) * step_k(problem) * self.atoms
+        if problem.x_scale == "1x128":
+            ring += round_up(self.stages * round_up(self.bm * 4, 128), SMEM_ALIGNMENT)
+        width = self.bm // self.parts
+        sums = ((self.split - 1) * self.bm + (self.cluster - 1) * width) * bn * 4
+        vectors = epilogue_of(problem, transposed=True).smem_bytes(1, self.bm, bn)
+        return ring + sums + bn * width * 2 + vectors + SMEM_RESERVE
+
+    def refuses(self, problem: Problem) -> str | None:
+        """Return why this config cannot run `problem`, or None."""
+        step = step_k(problem) * self.atoms
+        if self.bm % (8 * self.parts) or not 8 <= self.bm <= 128:
+            return "bm, and its part for each block of a cluster, must be multiples of 8 up to 128"
+        if promotes(problem) and self.atoms > 1:
+            return "scales along K need steps of one atom"
+        if problem.n % (CHANNELS * self.channels):
+            return f"N={problem.n} is no multiple of {CHANNELS * self.channels} channels"
+        if problem.k % (step * self.cluster) or problem.k // step // self.cluster < self.split:
+            return f"K={problem.k} does not split into {self.cluster} x {self.split} runs of {step}"
+        if self.stages < 2 * self.split:
+            return "needs two stages for each share of K: one is released when the next is in use"
+        if self.channels * self.split > 7:
+            return "a block has at most 7 multiplying warpgroups"
+        if self.smem_bytes(problem) * self.occupancy > problem.device.smem:
+            return f"needs {self.smem_bytes(problem)} bytes of shared memory x {self.occupancy}"
+        return None
+
+
+def _tile_tokens(m: int) -> int:
+    """Return the height of the least tile that holds all tokens, if there is one."""
+    return min(128, max(8, 1 << (m - 1).bit_length()))
+
+
+def decode_refuses(problem: Problem) -> str | None:
+    if reason := common_refusal(problem):
+        return reason
+    return None if problem.m <= 256 else "takes at most 256 tokens"
+
+
+def _fitted(problem: Problem, bm: int, atoms: int, *shape: int) -> DecodeConfig | None:
+    """Return the config of a shape with as many stages as fit, or None."""
+    for stages in range(16 // atoms, 2, -1):
+        config = DecodeConfig(bm, stages, atoms, *shape)
+        if stages % config.split == 0 and config.refuses(problem) is None:
+            return config
+    return None
+
+
+def decode_default(problem: Problem) -> DecodeConfig:
+    """Split K until every SM has a block, as far as K and the cluster allow."""
+    bm = _tile_tokens(problem.m)
+    best = None
+    for shape in ((2, 1, 1), (1, 2, 1), (1, 2, 2), (1, 1, 2), (2, 1, 4), (1, 1, 4), (1, 1, 1)):
+        config = _fitted(problem, bm, 1, *shape)
+        if config:
+            best = config
+            blocks = cdiv(problem.m, bm) * problem.n // (CHANNELS * shape[0]) * shape[2]
+            if blocks >= problem.device.sms * 0.9:
+                return config
+    return best or DecodeConfig(8, 4, 1, 1, 1, 1)
+
+
+def decode_candidates(problem: Problem) -> Iterator[DecodeConfig]:
+    """Yield the configs worth measuring."""
+    bm = _tile_tokens(problem.m)
+    if problem.m <= 32:
+        shapes = (
+            (1, 2, 1, 1),
+            (1, 2, 2, 1),
+            (1, 2, 1, 2),
+            (1, 2, 2, 2),
+            (2, 1, 1, 2),
+            (1, 1, 1, 4),
+        )
+    else:
+        shapes = (
+            (1, 2, 1, 1),
+            (1, 2, 2, 1),
+            (1, 2, 1, 2),
+            (1, 1, 2, 2),
+            (2, 1, 1, 1),
+            (2, 1, 2, 1),
+        )
+        shapes += (
+            (2, 1, 4, 1),
+            (2, 2, 2, 1),
+            (1, 2, 4, 1),
+            (3, 1, 1, 1),
+            (4, 1, 2, 1),
+            (4, 1, 4, 1),
+        )
+    for channels, split, cluster, occupancy in shapes:
+        for atoms in (1, 2) if problem.m <= 64 and not promotes(problem) else (1,):
+            config = _fitted(problem, bm, atoms, channels, split, cluster, occupancy)
+            if config:
+                yield config
+
+
+# Columns of one staging buffer of the epilogue: 128 bytes of a 16-bit type, one swizzle atom.
+STAGE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillConfig(Config):
+    """Tiles of the prefill kernel.
+
+    Attributes:
+        bm, bn: tokens and output channels of a block's tile.
+        stages: K steps in flight.
+        warpgroups: multiplying warpgroups; each takes bm / warpgroups tokens.
+        cluster: blocks that share one weight tile by multicast.
+        group: width in tiles of the snake that output tiles follow, for L2 reuse.
+        minor: the dimension along which the snake moves first, 0 tokens or 1 channels.
+        staging: staging buffers per warpgroup in the epilogue.
+    """
+
+    bm: int = 128
+    bn: int = 256
+    stages: int = 4
+    warpgroups: int = 2
+    cluster: int = 1
+    group: int = 16
+    minor: int = 0
+    staging: int = 1
+
+    def smem_bytes(self, problem: Problem) -> int:
+        """Return the shared memory of a block, in bytes."""
+        ring = self.stages * (self.bm + self.bn) * step_k(problem)
+        if problem.x_scale == "1x128":
+            ring += round_up(self.stages * self.bm * 4, SMEM_ALIGNMENT)
+        staging = self.warpgroups * self.staging * 64 * STAGE * 2
+        vectors = epilogue_of(problem, transposed=False).smem_bytes(1, self.bm, self.bn)
+        return ring + staging + vectors + SMEM_RESERVE
+
+    def refuses(self, problem: Problem) -> str | None:
+        """Return why this config cannot run `problem`, or None."""
+        rows = self.bm // self.warpgroups
+        if self.bm % self.warpgroups or rows not in (64, 128) or self.bn % 64 or self.bn > 256:
+            return "a warpgroup takes 64 or 128 tokens by 64 to 256 channels"
+        # float32 registers of a thread for accumulators; a promoted tile has a total besides.
+        registers = rows * self.bn // 128 * (2 if promotes(problem) else 1)
+        if registers > (192 if self.warpgroups == 2 else 128):
+            return f"needs {registers} accumulator registers a thread"
+        # On an H200 a weight tile wider than all weights gave wrong results.
+        if self.bn > problem.n or self.bm > problem.m:
+            return f"a tile of {self.bm} x {self.bn} is larger than the output"
+        if self.stages < 2:
+            return "needs two stages: one is released when the next is in use"
+        if cdiv(problem.m, self.bm) % self.cluster:
+            return f"{cdiv(problem.m, self.bm)} row tiles do not divide by cluster {self.cluster}"
+        if self.smem_bytes(problem) > problem.device.smem:
+            return (
+                f"needs {self.smem_bytes(problem)} of {problem.device.smem} bytes of shared memory"
+            )
+        return None
+
+
+def prefill_refuses(problem: Problem) -> str | None:
+    if reason := common_refusal(problem):
+        return reason
+    return "takes at least 128 tokens" if problem.m < 128 else None
+
+
+def prefill_default(problem: Problem) -> PrefillConfig:
+    """Return the widest tile that still gives every SM one."""
+    widths = ((128, 6),) if promotes(problem) else ((256, 4), (192, 5), (128, 6))
+    for bn, stages in widths:
+        if bn > problem.n:
+            continue
+        if cdiv(problem.m, 128) * cdiv(problem.n, bn) >= 0.9 * problem.device.sms:
+            return PrefillConfig(bn=bn, stages=stages)
+    return PrefillConfig(bn=64, stages=6)
+
+
+def prefill_candidates(problem: Problem) -> Iterator[PrefillConfig]:
+    """Yield the configs worth measuring: wide tiles for many tokens, narrow ones for few."""
+    if promotes(problem):
+        tiles = [(128, 128, 6, 2), (192, 128, 4, 3), (128, 192, 4, 2)]
+        if problem.m <= 512:
+            tiles += [(128, 64, 8, 2)]
+    elif problem.m > 512:
+        tiles = [(128, 256, 4, 2)]
+    else:
+        tiles = [(128, 256, 4, 2), (128, 192, 5, 2), (128, 128, 6, 2), (128, 64, 8, 2)]
+    for bm, bn, stages, warpgroups in tiles:
+        for cluster in (1, 2):
+            for group in (8, 16) if problem.m > 512 else (8,):
+                for staging in (1, 2):
+                    config = PrefillConfig(
+                        bm, bn, stages, warpgroups, cluster, group, staging=staging
+                    )
+                    if config.refuses(problem) is None:
+                        yield config
