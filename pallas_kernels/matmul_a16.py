@@ -228,8 +228,12 @@ def run_padded(
     m = problem.m
     padded = m if m <= 8 else round_up(m, 8)
     problem = dataclasses.replace(problem, m=padded)
-    kernel, config = select(kernels, problem, config)
+    kernel, chosen = select(kernels, problem, config)
+    if interpret and config is None:
+        # The interpreter runs warpgroups on as many threads as the host has cores, and hangs when
+        # those all wait for a warpgroup that has none.
+        chosen = dataclasses.replace(chosen, nw=1, kw=1)
     x = pad_rows(x, padded) if padded > m else x
-    out = kernel.fn(problem, config, interpret, weight.record, x, weight.records, *vectors)
+    out = kernel.fn(problem, chosen, interpret, weight.record, x, weight.records, *vectors)
     assert isinstance(out, jax.Array)
     return out[:m] if padded > m else out

@@ -52,6 +52,12 @@ def test_every_format_under_the_interpreter(interpret, case):
 
 
 @pytest.mark.interpret
+@pytest.mark.parametrize("case", [Case(16, n=64, k=1024), Case(3, n=64, x="int8")], ids=str)
+def test_chosen_configs_under_the_interpreter(interpret, case):
+    check_interpreted(interpret, case)
+
+
+@pytest.mark.interpret
 @pytest.mark.parametrize("case", [FORMATS[1], FORMATS[4], FORMATS[8], FORMATS[9]], ids=str)
 def test_rounded_scales_under_the_interpreter(interpret, case):
     case = dataclasses.replace(case, m=70, n=128, k=384)
