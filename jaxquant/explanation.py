@@ -46,7 +46,7 @@ class Explanation:
     batch: int
 
     def __str__(self) -> str:
-        cells = [COLUMNS]
+        cells: list[tuple[str, ...]] = [COLUMNS]
         for row in self.rows:
             why = "; ".join(f"{name}: {reason}" for name, reason in row.reasons)
             shape = "x".join(map(str, row.shape))

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.arrays.qtensor import QTensor
 from jaxquant.arrays.scheme import ActSpec
 from jaxquant.transforms.numeric import E2M1_THRESHOLDS, encode_values, power_of_two_scale
+
+
+class Activated(Protocol):
+    """A weight that says how its activations are quantized: a QTensor, prepared or not."""
+
+    @property
+    def act(self) -> ActSpec | None: ...
+    @property
+    def act_scale(self) -> Any: ...
+    @property
+    def act_zero(self) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +86,7 @@ def _dynamic_scale(amax: jax.Array, spec: ActSpec, tensor_scale: Any) -> jax.Arr
     return jnp.where(amax > 0, scale, 1.0)
 
 
-def quantize_activation(x: jax.Array, q: QTensor) -> QuantizedActivation:
+def quantize_activation(x: jax.Array, q: Activated) -> QuantizedActivation:
     """Quantize ``x`` as ``q.act`` says.
 
     Args:
