@@ -195,6 +195,14 @@ def test_untuned_types_use_the_configs_of_tuned_ones(lower):
         lowered(lower, case)
 
 
+@pytest.mark.parametrize("case", FORMATS, ids=str)
+def test_scales_are_exact_for_few_tokens(case):
+    for m in (1, 5, 32):
+        for k in (192, 1024, 4096):
+            problem = a16_problem(**dataclasses.replace(case, m=m, k=k).structs())
+            assert select(A16_KERNELS, problem)[0].name == "a16_decode"
+
+
 def test_refusals_name_every_kernel():
     case = Case(16)
     other = A16DecodeConfig(16, nw=8)
