@@ -65,6 +65,8 @@ class DecodeConfig(Config):
         step = step_k(problem) * self.atoms
         if self.bm % (8 * self.parts) or not 8 <= self.bm <= 128:
             return "bm, and its part for each block of a cluster, must be multiples of 8 up to 128"
+        if problem.m <= 8 < self.bm:  # for the same reason as in PrefillConfig
+            return "8 tokens or fewer take tiles of 8"
         if promotes(problem) and self.atoms > 1:
             return "scales along K need steps of one atom"
         if problem.n % (CHANNELS * self.channels):
@@ -195,7 +197,8 @@ class PrefillConfig(Config):
         registers = rows * self.bn // 128 * (2 if promotes(problem) else 1)
         if registers > (192 if self.warpgroups == 2 else 128):
             return f"needs {registers} accumulator registers a thread"
-        # On an H200 a weight tile wider than all weights gave wrong results.
+        # With N = 64 and a tile of 128, the half outside overwrote the other on an H200: a store
+        # beyond a dimension of a single swizzle tile does not seem to be dropped.
         if self.bn > problem.n or self.bm > problem.m:
             return f"a tile of {self.bm} x {self.bn} is larger than the output"
         if self.stages < 2:
