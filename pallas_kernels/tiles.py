@@ -48,7 +48,8 @@ def tiled_smem(shape: tuple[int, ...], dtype: Any) -> Any:
 
 def accumulator(shape: Sequence[int], dtype: Any) -> Any:
     """Return the type of a wgmma accumulator, zero when its scope begins."""
-    return plgpu.ACC(tuple(shape), dtype)  # pyright: ignore[reportPrivateImportUsage]
+    rows, columns = shape
+    return plgpu.ACC((rows, columns), dtype)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def load(ref: Any, layout: Any) -> jax.Array:
