@@ -29,17 +29,18 @@ test311: .venv/.installed
 	$(BIN)/python $(PYTEST) -m 'not gpu and not interpret'
 
 # The GPU interpreter and its race detector need jax 0.11, which needs Python 3.12.  CI must have it.
+# It blocks a thread per warpgroup: NPROC gives it more threads than this machine may have cores.
 test-interpret:
 ifeq ($(shell command -v $(PYTHON312) 2>/dev/null),)
 	@echo "$(PYTHON312) not found: the GPU interpreter tests (jax >= 0.11) are not run"
 	@test -z "$$CI"
 else
 	$(MAKE) .venv312/.installed
-	$(BIN312)/python $(PYTEST) -m 'interpret and not gpu' tests/pallas_kernels tests/ops
+	NPROC=16 $(BIN312)/python $(PYTEST) -m 'interpret and not gpu' tests/pallas_kernels tests/ops
 endif
 
 test312: .venv312/.installed
-	$(BIN312)/python $(PYTEST) -m 'not gpu'
+	NPROC=16 $(BIN312)/python $(PYTEST) -m 'not gpu'
 
 lint: .venv/.installed
 	$(BIN)/ruff format --check .
