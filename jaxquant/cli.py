@@ -36,6 +36,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--scheme", help="quantize every linear but lm_head, e.g. fp8 or w4a16_g32")
     verb.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32")
 
+    verb = verbs.add_parser("export", help="write a checkpoint that other tools read")
+    verb.add_argument("source", help="checkpoint directory or .gguf file")
+    verb.add_argument("destination", help="file to create; it must not exist")
+    verb.add_argument("--format", choices=["gguf"], required=True)
+    verb.add_argument("--kind", help="Q8_0, Q4_0, F32, F16, BF16; by default every weight exactly")
+
     verb = verbs.add_parser("generate", help="generate text")
     verb.add_argument("model", help="checkpoint directory or .gguf file")
     source = verb.add_mutually_exclusive_group(required=True)

@@ -69,6 +69,15 @@ def convert(arguments: argparse.Namespace) -> None:
     print(f"{destination}: {size / 2**20:.1f} MiB")
 
 
+def export(arguments: argparse.Namespace) -> None:
+    """Write a GGUF file."""
+    from jaxquant.convert.export import export_checkpoint
+
+    export_checkpoint(arguments.source, arguments.destination, arguments.kind)
+    size = Path(arguments.destination).stat().st_size
+    print(f"{arguments.destination}: {size / 2**20:.1f} MiB")
+
+
 def _prompts(arguments: argparse.Namespace) -> list[str]:
     if arguments.prompt is not None:
         return [arguments.prompt]

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -89,6 +90,22 @@ def test_convert_then_generate_and_eval(tmp_path, capsys):
     assert run("explain", str(out), "--batch", "4") == 0
     assert "int4" in capsys.readouterr().out
     assert run("convert", BUNDLED, str(out)) == 2, "nothing is overwritten"
+
+
+def test_export_writes_a_file_that_reads_back_the_same(tmp_path, capsys):
+    out = tmp_path / "tiny.gguf"
+    assert run("export", BUNDLED, str(out), "--format", "gguf") == 0
+    assert "MiB" in capsys.readouterr().out
+    again = jq.from_pretrained(out, dtype=jnp.float32)
+    ids = jnp.arange(10, dtype=jnp.int32)[None]
+    expected = jq.from_pretrained(BUNDLED, dtype=jnp.float32)(ids)
+    np.testing.assert_allclose(again(ids), expected, rtol=1e-5, atol=1e-5)
+    small = tmp_path / "small.gguf"
+    assert run("export", BUNDLED, str(small), "--format", "gguf", "--kind", "Q8_0") == 0
+    assert small.stat().st_size < 0.7 * out.stat().st_size
+    assert run("export", BUNDLED, str(out), "--format", "gguf") == 2, "nothing is overwritten"
+    assert run("export", BUNDLED, str(tmp_path / "x"), "--format", "gguf", "--kind", "Q9") == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["small.gguf", "tiny.gguf"]
 
 
 def test_bench_prints_rates(capsys):

@@ -138,11 +138,3 @@ CODES: dict[str, Code] = {
     )
 }
 DENSE_CODES = ("f32", "f16", "bf16")
-
-
-def code_of(name: str) -> Code:
-    """Return the code called ``name``; a KeyError lists the known ones."""
-    try:
-        return CODES[name]
-    except KeyError:
-        raise KeyError(f"unknown code {name!r}; known: {', '.join(CODES)}") from None

@@ -90,11 +90,6 @@ class QTensor:
         """Bits of all leaves over the number of weights."""
         return 8 * self.nbytes / max(1, int(np.prod(self.shape)))
 
-    @property
-    def scheme_name(self) -> str:
-        """A short description: weight code and what happens to activations."""
-        return self.layout.code.name + (f" x {self.act}" if self.act else "")
-
     def map(self, change: Callable[[Any, Grid], Any], **replace: Any) -> QTensor:
         """Apply ``change(leaf, grid)`` to all lawful leaves; ``replace`` sets other fields."""
         layout = self.layout

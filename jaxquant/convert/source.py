@@ -25,7 +25,7 @@ from jaxquant.convert.read_kv import is_kv_scale, kv_scales
 from jaxquant.errors import PlanError
 from jaxquant.formats.base import RawTensor, numpy_dtype
 from jaxquant.models import ModelConfig
-from jaxquant.transforms.numeric import as_numpy, dequantize, quantize
+from jaxquant.transforms.numeric import as_numpy, requantize
 
 # Outputs of these norms are inputs of these modules; smoothing folds scales into both.
 _SMOOTHED = {
@@ -184,7 +184,7 @@ def _scheme_item(item: Item, scheme: Scheme) -> Item:
     """Quantize a weight of the base here."""
 
     def convert(q: Any) -> Any:
-        return quantize(dequantize(q), scheme, ("out", "in"))
+        return requantize(q, scheme)
 
     return Item(
         jax.eval_shape(convert, item.abstract),
