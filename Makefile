@@ -17,7 +17,7 @@ PYTEST := -m pytest -q -n 2 --dist worksteal
 .venv312/.installed: pyproject.toml
 	$(PYTHON312) -m venv .venv312
 	$(BIN312)/python -m pip install --quiet --upgrade pip
-	$(BIN312)/python -m pip install --quiet --editable '.[test]' 'jax>=0.11'
+	$(BIN312)/python -m pip install --quiet --editable '.[test,notebooks]' 'jax>=0.11'
 	touch $@
 
 demo: .venv/.installed

@@ -138,7 +138,9 @@ def _validate(where: str, root: Path, body: Mapping[str, Any]) -> PrecisionPlan:
             raise ConfigError(where, f"{pattern}: {precision!r}", "a precision's name is a string")
         if precision not in sources or precision == BASE:
             if precision in PRECISIONS:
-                raise ConfigError(where, f"{pattern}: {precision}", f"{precision}_path is not set")
+                rule = f"{precision}_path is not set"
+                action = "set it, or name a scheme such as fp8_b128 or w4a16_g32"
+                raise ConfigError(where, f"{pattern}: {precision}", rule, action)
             try:
                 Scheme.parse(precision)
             except ConfigError as error:
