@@ -282,3 +282,24 @@ def test_a_leaf_of_the_wrong_shape_is_refused():
     floor_grid = dataclasses.replace(q, scales=(q.scales[0][:4],))
     with pytest.raises(LayoutError, match=r"\(5, 3\)"):
         floor_grid.check("kv_a_proj")
+
+
+def test_a_key_value_cache_is_a_qtensor_too():
+    axes = ("seq", "head", "dim")
+    rng = np.random.default_rng(5)
+    codes = rng.standard_normal((2, 48, 4, 16)).astype(CODES["e4m3"].storage)
+    scale = rng.uniform(0.1, 1, (2, 48, 4, 1)).astype(np.float32)
+    layout = Layout(axes, CODES["e4m3"], ((1, 1, 1),), ((1, 1, WHOLE),))
+    cache = QTensor((codes,), (scale,), (), layout).check("cache")
+    dense = codes.astype(np.float32) * scale
+    np.testing.assert_array_equal(np.asarray(dequantize(cache, axes=axes)), dense)
+    turned = to_axes(cache, ("head", "seq", "dim"))
+    np.testing.assert_array_equal(
+        np.asarray(dequantize(turned, axes=("head", "seq", "dim"))), dense.swapaxes(1, 2)
+    )
+    assert_same(to_axes(turned, axes), cache)
+    first, rest = split(cache, "seq", [13, 35])
+    np.testing.assert_array_equal(np.asarray(dequantize(rest, axes=axes)), dense[:, 13:])
+    assert_same(concat([first, rest], "seq"), cache)
+    with pytest.raises(LayoutError, match="axes are"):
+        slice_axis(cache, "in", 0, 1)
