@@ -1,6 +1,9 @@
 # Everything a newcomer needs: `make demo` and `make test`.  Both build their own environments.
 PYTHON ?= python3
-PYTHON312 ?= python3.12
+# A Python that jax 0.11 runs on, 3.12 or later: from the path, or one that pyenv keeps off it.
+NEWER := python3.12 python3.13 python3 $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3)
+PYTHON312 ?= $(firstword $(foreach python,$(NEWER),$(shell \
+	$(python) -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $(python))))
 BIN := .venv/bin
 BIN312 := .venv312/bin
 # Two workers: the suite compiles many small programs, each on one core.
@@ -31,8 +34,8 @@ test311: .venv/.installed
 # The GPU interpreter and its race detector need jax 0.11, which needs Python 3.12.  CI must have it.
 # It blocks a thread per warpgroup: NPROC gives it more threads than this machine may have cores.
 test-interpret:
-ifeq ($(shell command -v $(PYTHON312) 2>/dev/null),)
-	@echo "$(PYTHON312) not found: the GPU interpreter tests (jax >= 0.11) are not run"
+ifeq ($(PYTHON312),)
+	@echo "no Python 3.12 found: the GPU interpreter tests (jax >= 0.11) are not run"
 	@test -z "$$CI"
 else
 	$(MAKE) .venv312/.installed
