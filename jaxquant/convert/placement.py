@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxquant.arrays.bank import ExpertBank
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.errors import LayoutError
-from jaxquant.transforms.repack import aligned_copy
+from jaxquant.transforms.repack import aligned_copy, is_host_memory
 from jaxquant.transforms.shard import ShardingRules, shardings, specs
 
 _TENSOR_AXES, _EXPERT_AXES = ("tp", "model"), ("ep", "expert")
@@ -66,10 +66,8 @@ def placer(mesh: Mesh | None) -> Callable[[str, Any], Any]:
 
     def own(leaf: Any) -> Any:
         # A view of a mapped file must not become a weight: the file may change or vanish.
-        root = leaf
-        while isinstance(root, np.ndarray) and root.base is not None:
-            root = root.base
-        return leaf if isinstance(root, np.ndarray) else aligned_copy(leaf)
+        mapped = isinstance(leaf, np.ndarray) and not is_host_memory(leaf)
+        return aligned_copy(leaf) if mapped else leaf
 
     def place(path: str, value: Any) -> Any:
         value = jax.tree.map(own, value)

@@ -6,7 +6,6 @@ tiled exactly, and nothing is allocated in proportion to a number that the file 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import mmap
@@ -19,6 +18,7 @@ import numpy as np
 from jaxquant.convert.read_json import lfs_error, parse, scan_object
 from jaxquant.errors import FormatError
 from jaxquant.formats.base import DTYPES, RawTensor, numpy_dtype
+from jaxquant.transforms.repack import MADV_POPULATE_READ, advise
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 1 << 17
@@ -177,30 +177,21 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     return SafetensorsFile(tensors, metadata)
 
 
-# Linux 5.14 and later: map all pages of a range at once instead of one by one as they are touched.
-_MADV_POPULATE_READ = 22
 LARGE = 1 << 20
-
-
-def _populate(buffer: mmap.mmap, offset: int, size: int) -> None:
-    start = offset - offset % mmap.PAGESIZE
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        buffer.madvise(_MADV_POPULATE_READ, start, offset + size - start)
 
 
 def release_pages(buffer: mmap.mmap, offset: int, size: int) -> None:
     """Drop a range of a mapped file from this process's memory; reading it again maps it anew."""
-    start = offset - offset % mmap.PAGESIZE
     if size and hasattr(mmap, "MADV_DONTNEED"):
-        buffer.madvise(mmap.MADV_DONTNEED, start, offset + size - start)
+        advise(np.frombuffer(buffer, np.uint8, size, offset), mmap.MADV_DONTNEED)
 
 
 def _reader(buffer: mmap.mmap, name: str, shape: tuple[int, ...], offset: int, size: int) -> Any:
     def read() -> np.ndarray:
         dtype = numpy_dtype(name)
-        if size >= LARGE:
-            _populate(buffer, offset, size)
         octets = np.frombuffer(buffer, np.uint8, size, offset)
+        if size >= LARGE:
+            advise(octets, MADV_POPULATE_READ)
         if DTYPES[name][1] < 8:
             return octets.reshape(*shape[:-1], -1)
         # Writers align tensors, but the format does not ask for it.

@@ -19,7 +19,13 @@ from jaxquant.arrays.layout import WHOLE, Layout, packed_grids
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.errors import LayoutError
 from jaxquant.transforms.numeric import dequantize, quantize
-from jaxquant.transforms.repack import pack_codes, unpack_codes
+from jaxquant.transforms.repack import (
+    aligned_copy,
+    aligned_empty,
+    is_host_memory,
+    pack_codes,
+    unpack_codes,
+)
 from jaxquant.transforms.shard import ShardingRules, shardings, specs
 from jaxquant.transforms.structure import (
     concat,
@@ -303,3 +309,17 @@ def test_a_key_value_cache_is_a_qtensor_too():
     assert_same(concat([first, rest], "seq"), cache)
     with pytest.raises(LayoutError, match="axes are"):
         slice_axis(cache, "in", 0, 1)
+
+
+@pytest.mark.parametrize("rows", [3, 3000])
+def test_aligned_memory_is_aligned_and_known_as_our_own(rows, tmp_path):
+    array = aligned_empty((rows, 1024), np.dtype(np.float16))
+    assert array.ctypes.data % 64 == 0 and array.flags.writeable
+    assert is_host_memory(array) and is_host_memory(array[1:].view(np.uint8))
+    array[...] = 1.5
+    file = tmp_path / "mapped"
+    file.write_bytes(array.tobytes())
+    mapped = np.memmap(file, np.float16, "r")
+    assert not is_host_memory(np.frombuffer(mapped._mmap, np.float16))
+    copy = aligned_copy(np.frombuffer(mapped._mmap, np.float16))
+    assert is_host_memory(copy) and copy.ctypes.data % 64 == 0 and (copy == 1.5).all()
