@@ -20,7 +20,7 @@ CHECKPOINT_TESTS = {
     "logits": (
         "test_logits_match_the_peer",
         (
-            "logits of the whole model agree with the peer's; for the folders that the test names in "
+            "logits of the whole model agree with the peer's; for folders that the test names in "
             "PLAIN_ACTIVATIONS and PER_BATCH_EXPERTS with activation quantization switched off"
         ),
     ),
