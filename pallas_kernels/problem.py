@@ -188,7 +188,8 @@ def require_hopper(problem: Problem) -> str | None:
     )
 
 
-_TUNED_FILES = {"NVIDIA H200": "h200.json"}
+# An H100 has the same multiprocessors, as many of them, and slower memory: nobody tuned it apart.
+_TUNED_FILES = {"NVIDIA H200": "h200.json", "NVIDIA H100 80GB HBM3": "h200.json"}
 
 
 @functools.cache

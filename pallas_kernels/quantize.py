@@ -28,7 +28,7 @@ from pallas_kernels.problem import (
     require_hopper,
     select,
 )
-from pallas_kernels.tiles import SMEM_RESERVE, load, round_up, scale_rows, slot
+from pallas_kernels.tiles import SMEM_RESERVE, load, round_up, scale_rows, slot, store_scattered
 
 GROUP = 128
 # Largest code of each type, and the least amplitude taken for a row, so that zeros divide well.
@@ -197,7 +197,7 @@ def _quantize_rows(
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(codes_sm, outputs[0].at[row])
             if problem.x_scale == "1x128":
-                outputs[1][:, row] = scale
+                store_scattered(outputs[1].at[:, row], scale)
             elif not static:
                 outputs[1][row] = scale
                 if zero is not None:

@@ -57,6 +57,17 @@ def load(ref: Any, layout: Any) -> jax.Array:
     return plgpu.layout_cast(ref[...], layout)
 
 
+def store_scattered(ref: Any, value: jax.Array) -> None:
+    """Write registers to global memory whose elements lie apart: sectors are written in part.
+
+    jax 0.11 refuses that of a plain assignment, and 0.10 knows no other.
+    """
+    if hasattr(plgpu, "store"):
+        getattr(plgpu, "store")(ref, value, optimized=False)  # noqa: B009 - absent in 0.10
+    else:
+        ref[...] = value
+
+
 def scale_rows(tile: jax.Array, scale: jax.Array) -> jax.Array:
     """Multiply row i of a tile by scale[i]; `scale` lies in the ROW layout."""
     return tile * lax.broadcast_in_dim(scale, tile.shape, [0])

@@ -1,81 +1,108 @@
 """Time the kernels: `python -m pallas_kernels.bench [--op NAME] [--shape MxNxK] [--json FILE]`.
 
-For every problem it prints microseconds (kernel time and queued wall time), the rate reached, the
-per cent of the floor (fewest bytes over the copy bandwidth of an H200, or operations over the
-highest rate seen there, whichever is longer), and the ratio to each peer named in `--against FILE`,
-a JSON of {kernel: {"MxNxK": microseconds}}.  A ratio above 1 says that the peer takes longer.
+First the card's own limits are measured: copy bandwidth and dense rates.  Then all problems are
+compiled in parallel, and timed one after the other.  For each the command prints microseconds
+(kernel time by CUPTI, and wall time of queued programs), TFLOP/s, TB/s, the per cent of the floor
+(fewest bytes over the copy bandwidth or operations over the dense rate, whichever is longer), and
+the ratio to each peer of `--against FILE`, a JSON of
+{kernel: {"MxNxK": {"kernel": us, "graph": us}}}: above 1, the peer takes longer.  At the end stand
+the bars, and which of them hold.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import functools
 import json
-import math
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
+from pallas_kernels.bench.bars import BARS, Row, standings
 from pallas_kernels.bench.cases import CASES, Case
+from pallas_kernels.bench.limits import Limits, measure_limits
 from pallas_kernels.bench.timing import copies, measure, program
 from pallas_kernels.problem import select
 
-# Bytes read plus written per second by a large device-to-device copy on an H200.
-COPY_BANDWIDTH = 4.3e12
-
 Size = tuple[int, int, int]
+Peers = dict[str, dict[str, Any]]
 
 
-def prepare(case: Case, size: Size) -> tuple[Callable, list, int]:
-    """Return the compiled program of a problem, its operand sets and its number of calls."""
-    m, n, k = size
-    sets = [case.operands(m, n, k, seed) for seed in range(copies(case.work(m, n, k)[1]))]
-    calls = max(len(sets), 8 if m <= 512 else 2)
-    return program(lambda operands: case.call(operands, None), sets, calls), sets, calls
+def calls_of(case: Case, size: Size) -> tuple[int, int]:
+    """Return the number of operand sets of a problem, and of calls in its program."""
+    sets = copies(case.work(*size)[1])
+    return sets, max(sets, 8 if size[0] <= 512 else 2)
 
 
-def run(case: Case, size: Size, prepared: tuple[Callable, list, int]) -> dict:
+def prepare(case: Case, size: Size) -> tuple[Callable, Callable]:
+    """Compile a problem: seed -> operands, and the program; nothing is put on the device yet."""
+    count, calls = calls_of(case, size)
+    make = case.operands.lower(*size, 0)
+    call = program(lambda operands: case.call(operands, None), [make.out_info] * count, calls)
+    return make.compile(), call
+
+
+def run(
+    case: Case, size: Size, compiled: tuple[Callable, Callable], limits: Limits, repeats: int
+) -> Row:
     """Time one problem with the config that selection chooses."""
-    m, n, k = size
-    operations, nbytes = case.work(m, n, k)
-    compiled, sets, calls = prepared
+    count, calls = calls_of(case, size)
+    make, call = compiled
+    sets = [make(seed) for seed in range(count)]
+    operations, nbytes = case.work(*size)
     kernel, config = select(case.kernels, case.problem(sets[0]))
-    timing = measure(compiled, sets, calls)
-    floor = max(nbytes / COPY_BANDWIDTH, operations / case.rate) * 1e6
+    timing = measure(call, sets, calls, repeats)
+    floor = limits.floor(operations, nbytes, case.rate)
     return {
         "op": case.name,
-        "shape": f"{m}x{n}x{k}",
+        "shape": "x".join(map(str, size)),
         "us": round(timing.kernel, 2),
         "wall_us": round(timing.wall, 2),
         "tflops": round(operations / timing.kernel * 1e-6, 1),
         "tb_s": round(nbytes / timing.kernel * 1e-6, 3),
         "floor_us": round(floor, 2),
         "of_floor": round(floor / timing.kernel, 3),
+        "of_copy": round(nbytes / limits.copy / timing.kernel * 1e6, 3),
         "kernel": kernel.name,
         "config": str(config),
     }
 
 
-def compare(row: dict, case: Case, peers: dict[str, dict[str, float]]) -> dict:
-    """Return the row with the ratio to each peer that was measured at its shape."""
+def compare(row: Row, case: Case, peers: Peers) -> Row:
+    """Return the row with the ratios, by clock, to each peer that was measured at its shape."""
     ratios = {
-        name: round(peers[name][row["shape"]] / row["us"], 3)
+        name: {clock: round(us / row["us"], 3) for clock, us in peers[name][row["shape"]].items()}
         for name in case.peers
         if row["shape"] in peers.get(name, {})
     }
-    return {**row, "ratios": ratios, "best": min(ratios.values())} if ratios else row
+    return {**row, "ratios": ratios} if ratios else row
 
 
-def summary(rows: list[dict]) -> str:
-    """Return geometric mean and worst ratio to the best peer of each shape."""
-    best = [row["best"] for row in rows if "best" in row]
-    if not best:
-        return ""
-    mean = math.exp(sum(map(math.log, best)) / len(best))
-    return f"against the best peer of each of {len(best)}: {mean:.3f} geometric mean, " + (
-        f"{min(best):.3f} worst"
+def raised_by_peers(limits: Limits, peers: Peers) -> Limits:
+    """Return the limits, raised to what a peer reached on this card at its largest products."""
+    for case in CASES:
+        for name in case.peers:
+            for shape, times in peers.get(name, {}).items():
+                m, n, k = map(int, shape.split("x"))
+                if case.rate and m >= 2048 and (us := times.get("kernel")):
+                    limits = limits.raised(case.rate, case.work(m, n, k)[0], us)
+    return limits
+
+
+def line(row: Row) -> str:
+    """Return a row as a line of text."""
+    ratios = " ".join(
+        f"{name} " + "/".join(f"{ratio:.2f}" for ratio in clocks.values())
+        for name, clocks in row.get("ratios", {}).items()
+    )
+    return (
+        f"{row['op']:10} {row['shape']:16} {row['us']:9.2f} us (wall {row['wall_us']:9.2f}) "
+        f"{row['tflops']:7.1f} TFLOP/s {row['tb_s']:5.2f} TB/s "
+        f"{100 * row['of_floor']:5.1f} % | {ratios} | {row['config']}"
     )
 
 
@@ -84,43 +111,65 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--op", choices=[case.name for case in CASES], action="append")
     parser.add_argument("--shape", action="append", help="MxNxK; all shapes when left out")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--bars", action="store_true", help="the problems that a bar asks for")
+    parser.add_argument("--json", type=Path, help="write limits, rows and standings to this file")
     parser.add_argument("--against", type=Path, action="append", default=[], help="peers' times")
+    parser.add_argument("--repeats", type=int, default=5, help="programs timed for each median")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no timing after this")
+    parser.add_argument("--quiet", action="store_true", help="print the standings alone")
     arguments = parser.parse_args()
 
-    peers: dict[str, dict[str, float]] = {}
+    start = time.perf_counter()
+    peers: Peers = {}
     for file in arguments.against:
         peers.update(json.loads(file.read_text()))
-    print(jax.devices()[0].device_kind)
-    report = []
-    for case in CASES:
-        if arguments.op and case.name not in arguments.op:
-            continue
-        rows = []
-        sizes = [
-            size
-            for size in case.sizes
-            if not arguments.shape or "x".join(map(str, size)) in arguments.shape
-        ]
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            programs = list(pool.map(functools.partial(prepare, case), sizes))
-        for size, prepared in zip(sizes, programs, strict=True):
-            row = compare(run(case, size, prepared), case, peers)
-            rows.append(row)
-            ratios = " ".join(
-                f"{name} {ratio:.2f}" for name, ratio in row.get("ratios", {}).items()
-            )
-            print(
-                f"{case.name:10} {row['shape']:16} {row['us']:9.2f} us "
-                f"(wall {row['wall_us']:9.2f}) "
-                f"{row['tflops']:7.1f} TFLOP/s {row['tb_s']:5.2f} TB/s "
-                f"{100 * row['of_floor']:5.1f} % | {ratios} | {row['config']}",
-                flush=True,
-            )
-        print(case.name, summary(rows))
-        report += rows
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    device = jax.devices()[0].device_kind
+    limits = raised_by_peers(measure_limits(), peers)
+    rates = ", ".join(f"{name} {rate * 1e-12:.0f}" for name, rate in limits.rates.items())
+    print(f"{device}: copy {limits.copy * 1e-12:.2f} TB/s; T operations/s: {rates}", flush=True)
+
+    problems = [
+        (case, size)
+        for case in CASES
+        if not arguments.op or case.name in arguments.op
+        for size in case.sizes
+        if not arguments.shape or "x".join(map(str, size)) in arguments.shape
+        if not arguments.bars or any(bar.asks(case.name, size) for bar in BARS)
+    ]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        programs = [pool.submit(prepare, case, size) for case, size in problems]
+    print(f"{len(problems)} programs after {time.perf_counter() - start:.0f} s", flush=True)
+
+    rows: list[Row] = []
+    left_out: list[str] = []
+    try:
+        for (case, size), compiled in zip(problems, programs, strict=True):
+            name = f"{case.name} {'x'.join(map(str, size))}"
+            if (error := compiled.exception()) is not None:
+                left_out.append(f"{name}: {type(error).__name__} {str(error)[:160]}")
+            elif time.perf_counter() - start > arguments.seconds:
+                left_out.append(f"{name}: no time left")
+            else:
+                row = run(case, size, compiled.result(), limits, arguments.repeats)
+                rows.append(compare(row, case, peers))
+                if not arguments.quiet:
+                    print(line(rows[-1]), flush=True)
+    finally:  # what was measured before a kernel failed is worth keeping
+        found = standings(rows)
+        for text in (*left_out, *found):
+            print(text)
+        if arguments.json:
+            report = {
+                "device": device,
+                "jax": jax.__version__,
+                "copy_tb_s": round(limits.copy * 1e-12, 3),
+                "rates_t": {name: round(rate * 1e-12, 1) for name, rate in limits.rates.items()},
+                "rows": rows,
+                "left_out": left_out,
+                "standings": [str(standing) for standing in found],
+            }
+            arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"{len(rows)} of {len(problems)} in {time.perf_counter() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from pallas_kernels.problem import Config, Kernel, Problem
 
 Operands = dict[str, Any]
@@ -19,26 +21,26 @@ class Case:
         name: the `--op` of the command line.
         op: the public function, whose tuned entries this case writes.
         kernels: the kernels to choose from.
-        operands: (m, n, k, seed) -> arrays on the device.
+        operands: (m, n, k, seed) -> arrays on the device; jitted, sizes static.
         call: (operands, config or None) -> result.
         reference: operands -> the same result by XLA.
         problem: operands -> problem; shapes and dtypes suffice.
         tolerance: relative error allowed between `call` and `reference`.
         sizes: the (m, n, k) to run.
         work: (m, n, k) -> operations, bytes; the fewest that the op needs.
-        rate: the measured ceiling for its operations, per second.
+        rate: type of the product whose measured rate is the ceiling; "" where bytes alone count.
         peers: names of other libraries' kernels in the file given by `--against`.
     """
 
     name: str
     op: str
     kernels: tuple[Kernel, ...]
-    operands: Callable[[int, int, int, int], Operands]
+    operands: jax.stages.Wrapped
     call: Callable[[Operands, Config | None], Any]
     reference: Callable[[Operands], Any]
     problem: Callable[[Operands], Problem]
     tolerance: float
     sizes: tuple[tuple[int, int, int], ...]
     work: Callable[[int, int, int], tuple[float, float]]
-    rate: float
+    rate: str
     peers: tuple[str, ...]

@@ -1,13 +1,17 @@
 """bench and tune: tables, ratios and cases; timing itself needs a GPU."""
 
+import dataclasses
 import json
 
+import jax
 import pytest
 
 from pallas_kernels.bench import __main__ as bench
+from pallas_kernels.bench import bars
 from pallas_kernels.bench.cases import CASES
+from pallas_kernels.bench.limits import Limits
 from pallas_kernels.bench.timing import copies
-from pallas_kernels.problem import select
+from pallas_kernels.problem import H200, select, tuned_config
 from pallas_kernels.tune import TABLE, candidates, merge, write_table
 
 
@@ -30,18 +34,84 @@ def test_merge_replaces_the_entry_of_the_same_problem():
     assert sorted(entry["us"] for entry in table["op"]) == [8.0, 9.0] and len(table["op"]) == 2
 
 
+PEERS = {
+    "torch fp8 tensor": {"1x2x3": {"kernel": 12.0, "graph": 13.0}},
+    "vllm cutlass fp8": {"1x2x3": {"kernel": 11.0}},
+    "other": {"1x2x3": {"kernel": 1.0}},
+    "device": "a card",
+}
+
+
 def test_ratios_are_against_the_best_peer():
     case = next(case for case in CASES if case.name == "fp8")
-    row = {"shape": "1x2x3", "us": 10.0}
-    peers = {
-        case.peers[0]: {"1x2x3": 12.0},
-        case.peers[1]: {"1x2x3": 11.0},
-        "other": {"1x2x3": 1.0},
-    }
-    compared = bench.compare(row, case, peers)
-    assert compared["best"] == 1.1 and len(compared["ratios"]) == 2
-    assert bench.compare(row, case, {}) == row
-    assert "1.100" in bench.summary([compared, row]) and bench.summary([row]) == ""
+    row = {"op": "fp8", "shape": "1x2x3", "us": 10.0}
+    compared = bench.compare(row, case, PEERS)
+    assert compared["ratios"]["torch fp8 tensor"] == {"kernel": 1.2, "graph": 1.3}
+    assert len(compared["ratios"]) == 2 and bench.compare(row, case, {}) == row
+    bar = bars.BARS[0]
+    assert bars.value(bar, compared, [], "kernel") == 1.1
+    assert bars.value(bar, compared, [], "graph") == 1.3
+    assert bars.value(bar, row, [], "kernel") is None
+
+
+def row_of(op: str, shape: str, us: float, **more) -> dict:
+    return {"op": op, "shape": shape, "us": us, **more}
+
+
+def test_a_bar_holds_only_when_mean_and_worst_do_for_every_shape():
+    def peer(ratio: float) -> dict:
+        return {"ratios": {"p": {"kernel": ratio, "graph": ratio}}}
+
+    def held(*ratios: float | None) -> bool:
+        tokens = (1, 16, 64)
+        rows = [
+            row_of("int8", f"{m}x64x64", 1.0, **({} if ratio is None else peer(ratio)))
+            for m, ratio in zip(tokens, ratios, strict=True)
+        ]
+        kernel, graph = bars.standings(rows)
+        assert kernel.held == graph.held
+        return kernel.held
+
+    assert held(1.2, 1.2, 0.95)
+    assert not held(1.3, 1.3, 0.9), "worst"
+    assert not held(1.05, 1.1, 1.1), "mean"
+    assert not held(1.2, 1.2, None), "a shape without a peer"
+
+
+def test_bars_within_a_run():
+    rows = [
+        row_of("w4a16", "1x28672x4096", 18.0, of_copy=0.7),
+        row_of("w4a16_zero", "1x28672x4096", 20.0),
+        row_of("fp8a16", "64x28672x4096", 30.0, of_copy=0.9),
+        row_of("quantize_token", "16x1x4096", 9.0, of_copy=0.1),
+    ]
+    by_name = {standing.bar.name: standing for standing in bars.standings(rows)}
+    assert by_name["W4A16 with zero points"].worst[0] == 0.9
+    assert not by_name["W4A16 with zero points"].held
+    assert by_name["W4A16 28672x4096, M <= 8"].worst[0] == pytest.approx(3.262, abs=1e-3)
+    assert by_name["W8A16 / FP8A16, M <= 64"].held
+    assert "quantization, M >= 1024" not in by_name, "16 tokens are below the bar's range"
+    assert all(str(standing) for standing in by_name.values())
+
+
+def test_floors_follow_the_limits_of_the_card():
+    limits = Limits(4e12, {"int8": 1e15})
+    assert limits.floor(1e9, 4e6, "int8") == pytest.approx(1.0)
+    assert limits.floor(4e9, 4e6, "int8") == pytest.approx(4.0)
+    assert limits.floor(4e9, 4e6, "") == pytest.approx(1.0)
+    assert limits.raised("int8", 4e9, 2.0).rates["int8"] == 2e15
+    assert limits.raised("int8", 4e9, 8.0) == limits and limits.raised("", 9e9, 1.0) == limits
+
+
+def test_an_h100_uses_the_configs_of_the_h200():
+    problem = next(case for case in CASES if case.name == "fp8")
+    operands = jax.eval_shape(lambda: problem.operands(16, 8192, 8192, 0))
+    found = problem.problem(operands)
+    h100 = dataclasses.replace(H200, name="NVIDIA H100 80GB HBM3")
+    other = dataclasses.replace(H200, name="another card")
+    chosen = select(problem.kernels, found)
+    assert tuned_config(problem.kernels, dataclasses.replace(found, device=h100)) == chosen
+    assert tuned_config(problem.kernels, dataclasses.replace(found, device=other)) is None
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

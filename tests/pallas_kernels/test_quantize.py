@@ -154,7 +154,7 @@ def test_zeros_stay_zeros():
     assert (np.asarray(got.codes) == 0).all() and np.isfinite(np.asarray(got.scale)).all()
 
 
-@pytest.mark.parametrize("m", [1, 200])
+@pytest.mark.parametrize("m", [1, 200, pytest.param(13, marks=pytest.mark.interpret)])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_lowers_to_cuda(lower, case, m):
     case = dataclasses.replace(case, m=m)
