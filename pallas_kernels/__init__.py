@@ -3,6 +3,9 @@
 Plain arrays in, plain arrays out; only jax and numpy are needed.
 """
 
+from pallas_kernels.grouped_a16 import GROUPED_A16_KERNELS as GROUPED_A16_KERNELS
+from pallas_kernels.grouped_a16 import grouped_a16_problem as grouped_a16_problem
+from pallas_kernels.grouped_a16 import grouped_matmul_a16 as grouped_matmul_a16
 from pallas_kernels.matmul_a8 import A8_KERNELS as A8_KERNELS
 from pallas_kernels.matmul_a8 import a8_problem as a8_problem
 from pallas_kernels.matmul_a8 import matmul_a8 as matmul_a8

@@ -52,6 +52,7 @@ def launch(
     name: str,
     cluster: int = 1,
     interpret: bool = False,
+    into: jax.Array | None = None,
 ) -> Any:
     """Run a Mosaic GPU kernel with Warpgroup semantics and hand-written synchronisation.
 
@@ -66,13 +67,14 @@ def launch(
         name: the kernel's name in profiles.
         cluster: thread blocks per cluster.
         interpret: run on the host under the GPU interpreter, with its race detector.
+        into: array whose buffer the one output takes over; what the kernel leaves keeps its value.
 
     Returns:
         The output array, or a tuple of them when `out` is a tuple.
     """
     kernel = plgpu.kernel(
         body,
-        out_type=out,
+        out_type=() if into is not None else out,
         scratch_types=dict(scratch),
         grid=(grid,),
         grid_names=(GRID,),
@@ -88,7 +90,14 @@ def launch(
         ),
         interpret=_interpreter(interpret),
     )
-    result = kernel(*operands)
+    if into is None:
+        result = kernel(*operands)
+    else:
+        # A ref that a kernel writes is an operand aliased to an output.  The wrapper that would
+        # map a kernel over a batch cannot be discharged of refs in jax 0.10: go around it.
+        output = jax.new_ref(into)
+        getattr(kernel, "fun")(*operands, output)  # noqa: B009 - of jax.custom_batching
+        result = jax.freeze(output)
     # Under shard_map(check_vma=True) the kernel's output carries no sharding type of its own.
     axes = _varying_axes(operands)
     return jax.tree.map(lambda x: _as_varying(x, axes), result) if axes else result

@@ -88,6 +88,7 @@ class Problem:
         zero: layout of the zero points ("tensor", "token" or "group"); "" when there are none.
         bias: dtype name of the bias; "" when there is none.
         fused: what the op does besides, such as "rms" or "gated" before quantizing.
+        experts: weights in the stack, for the rows of m between them; 0 for a single weight.
         device: the GPU to run on.
     """
 
@@ -103,6 +104,7 @@ class Problem:
     zero: str = ""
     bias: str = ""
     fused: str = ""
+    experts: int = 0
     device: Device = H200
 
     @property
@@ -129,7 +131,7 @@ class Problem:
         For weights decoded in registers, zero points, the size of a group and the type of the
         activations change little in what a tile costs; only the width of the codes does.
         """
-        if self.op != "matmul_a16":
+        if self.op not in ("matmul_a16", "grouped_matmul_a16"):
             return (self.kind,)
         weight = "uint4 none g128" if self.w_dtype == "uint4" else "int8 none g128 float32"
         return self.kind, f"bfloat16 {weight}"
@@ -204,15 +206,16 @@ def tuned_table(device_name: str) -> dict[str, list[dict[str, Any]]]:
 def tuned_config(kernels: Iterable[Kernel], problem: Problem) -> tuple[Kernel, Config] | None:
     """Return the kernel and config measured best on the nearest tuned problem of the same kind.
 
-    Nearness is the distance of (m, n, k) in octaves, m counting double because the best tile
-    follows it most, and another kind counting one.  Entries that cannot run `problem`, even after
-    `Config.adapted`, are passed over.
+    Nearness is the distance of (m, n, k) in octaves, m (of each expert, if there are any) counting
+    double because the best tile follows it most, and another kind counting one.  Entries that
+    cannot run `problem`, even after `Config.adapted`, are passed over.
     """
     by_name = {kernel.name: kernel for kernel in kernels}
 
     def distance(entry: dict[str, Any]) -> float:
+        rows = problem.m / max(problem.experts, 1)
         return (
-            2 * abs(math.log2(entry["m"] / problem.m))
+            2 * abs(math.log2(entry["m"] / max(entry.get("experts", 0), 1) / rows))
             + abs(math.log2(entry["n"] / problem.n))
             + abs(math.log2(entry["k"] / problem.k))
             + (entry["kind"] != problem.kind)

@@ -31,15 +31,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.accumulate import HostDots, TensorCores
 from pallas_kernels.decode import device_decoder, reference_decoder
 from pallas_kernels.epilogue import Along, Epilogue
+from pallas_kernels.group_tiles import Groups, store_rows, two_views, views
 from pallas_kernels.launch import CLUSTER, GRID, WARPGROUP, launch
 from pallas_kernels.problem import Problem
 from pallas_kernels.record import CHANNELS, DEPTH, WORDS, Record
-from pallas_kernels.stream_config import STAGE, StreamConfig
+from pallas_kernels.stream_config import StreamConfig
 from pallas_kernels.tiles import (
     cdiv,
     load,
     scale_rows,
     slot,
+    stage_tile,
     store_tile,
     tiled_smem,
 )
@@ -74,20 +76,26 @@ def stream_matmul(
     *vectors: jax.Array,
     rounded: bool,
     name: str,
+    groups: Groups | None = None,
+    into: jax.Array | None = None,
 ) -> jax.Array:
-    """Multiply x [m, k] by a prepacked weight.
+    """Multiply x [m, k] by a prepacked weight, or groups of its rows by a stack of them.
 
     Args:
-        problem: sizes and types; m is at most 8 or a multiple of 8.
+        problem: sizes and types; without groups m is at most 8 or a multiple of 8.
         config: tiles.
         interpret: run under the interpreter, with jax.numpy in place of decoding and wgmma.
         record: format of the records.
         epilogue: what happens to the sums.
         x: [m, k] bf16 or f16, or int8 or e4m3 for records with 8-bit operands.
-        records: [n/64 * ceil(k/128), rows, 32] int32.
-        *vectors: operands of the epilogue.
+        records: [n/64 * ceil(k/128), rows, 32] int32; with groups, those of all experts in turn.
+        *vectors: operands of the epilogue; with groups, before them the int32 [total] sizes, and
+            vectors along channels have those of all experts in turn.
         rounded: whether scales are rounded into the operand.
         name: kernel name.
+        groups: which rows belong to which expert; None for one weight.
+        into: with groups, an array whose buffer the result takes over; rows of other experts
+            keep their values there, and have no defined ones without it.
 
     Returns:
         [m, n] in `problem.out_dtype`.
@@ -102,6 +110,11 @@ def stream_matmul(
     slots, ring = min(c.slots, most), min(c.ring, most)
     lag = max(min(c.lag, ring - 1 - rounded), 0)
     row_tiles, column_tiles = cdiv(m, c.bm), n // (CHANNELS * c.nw)
+    snake, find_tile = c.snake, None
+    if groups is not None:
+        # All channels of a tile first: its expert's weights and its rows are read once from DRAM.
+        row_tiles, snake = groups.tiles(c.bm), column_tiles
+        find_tile = groups.finder(c.bm, interpret)
     # The wgmma takes no 32 byte swizzle with int8 in registers: groups of 32 are cut out of 64.
     depth = HALF if rounded or x.dtype == jnp.int8 else min(record.group, HALF)
     make_decoder = reference_decoder if interpret else device_decoder
@@ -110,7 +123,7 @@ def stream_matmul(
     adder = (HostDots if interpret else TensorCores)((CHANNELS, c.bm), acc_dtype)
     # Halves of a record that add to one set of accumulators: both if they share a scale.
     scopes = ((0, 1),) if record.group == DEPTH else ((0,), (1,))
-    width = min(c.bm, STAGE)
+    width = c.stage
     pieces = c.bm // width
     owned = pieces // c.owners
     names = [term.name for term in epilogue.terms]
@@ -132,18 +145,22 @@ def stream_matmul(
         peers_sent: Any = None,
         **vector_sm,
     ):
-        o_gm, vector_gm = refs[-1], dict(zip(names, refs, strict=False))
+        o_gm, vector_gm = refs[-1], dict(zip(names, refs[groups is not None :], strict=False))
         zero = jnp.int32(0)
         warpgroup = lax.axis_index(WARPGROUP) if c.workers > 1 else zero
         column = lax.rem(warpgroup, jnp.int32(c.nw)) if c.kw > 1 else warpgroup
         share = lax.div(warpgroup, jnp.int32(c.nw)) if c.kw > 1 else zero
         rank = lax.axis_index(CLUSTER)
         row, block = (
-            plgpu.planar_snake(lax.axis_index(GRID), (row_tiles, column_tiles), 1, c.snake)
+            plgpu.planar_snake(lax.axis_index(GRID), (row_tiles, column_tiles), 1, snake)
             if row_tiles > 1
             else (zero, lax.axis_index(GRID))
         )
-        m0, channel_block = row * c.bm, block * c.nw + column
+        expert, m0, channel_block = zero, row * c.bm, block * c.nw + column
+        x_rows, o_rows, count = x_sm, o_sm, jnp.int32(c.bm)
+        if find_tile is not None:
+            expert, m0, count = find_tile(refs[0], row)
+            (x_sm, x_rows), (o_sm, o_rows) = views(x_sm, interpret), views(o_sm, interpret)
         part = rank * c.kw + share
         steps = run + (part < longer).astype(jnp.int32) if longer else run
         first = part * run + (lax.min(part, jnp.int32(longer)) if longer else 0)
@@ -152,12 +169,19 @@ def stream_matmul(
             return share * ring + slot(i, ring) if ring else warpgroup * slots + slot(i, slots)
 
         def fetch_x(i, barrier):
+            if groups is not None:
+                for p in range(extent // depth):
+                    at_k = pl.ds((first + i) * extent + p * depth, depth)
+                    x_piece = x_gm.at[pl.ds(m0, c.bm), at_k]
+                    plgpu.copy_gmem_to_smem(x_piece, x_rows.at[x_slot(i), p], barrier)
+                return
             at_k = pl.ds((first + i) * extent, extent)
             plgpu.copy_gmem_to_smem(x_gm.at[pl.ds(m0, c.bm), at_k], x_sm.at[x_slot(i)], barrier)
 
         def fetch_records(i):
             s = warpgroup * slots + slot(i, slots)
-            at = pl.ds(channel_block * total + (first + i) * c.records, c.records)
+            record_block = expert * (n // CHANNELS) + channel_block
+            at = pl.ds(record_block * total + (first + i) * c.records, c.records)
             plgpu.copy_gmem_to_smem(w_gm.at[at], w_sm.at[s], full.at[s])
             if not ring:
                 fetch_x(i, full.at[s])
@@ -173,16 +197,9 @@ def stream_matmul(
                 guarded(i < steps, lambda i=i: fetch_x(i, x_full.at[x_slot(i)]))
 
         def fetch_vectors():
-            start: dict[Along, Any] = {"m": m0, "n": block * c.nw * CHANNELS}
+            start: dict[Along, Any] = {"m": m0, "n": expert * n + block * c.nw * CHANNELS}
             size: dict[Along, int] = {"m": c.bm, "n": c.nw * CHANNELS}
             epilogue.fetch(vector_gm, vector_sm, 0, fetched, start, size)
-
-        if ring:
-            guarded(column == 0 if c.nw > 1 else True, fill_ring)
-        for i in range(slots):
-            guarded(i < steps, lambda i=i: fetch_records(i))
-        if epilogue.vectors:
-            guarded(warpgroup == 0 if c.workers > 1 else True, fetch_vectors)
 
         def refill_records(i):
             """Refill the slot of step i, whose codes all four warps hold in registers."""
@@ -220,7 +237,12 @@ def stream_matmul(
                     if ring and j + half + q == 0:
                         plgpu.barrier_wait(x_full.at[x_slot(i)])
                     k = half * HALF + q * record.group // depth * depth
-                    x_ref = x_sm.at[x_slot(i), :, pl.ds(j * DEPTH + k, depth)]
+                    at_k = j * DEPTH + k
+                    x_ref = (
+                        x_sm.at[x_slot(i), :, pl.ds(at_k, depth)]
+                        if groups is None
+                        else x_sm.at[x_slot(i), at_k // depth]
+                    )
                     yield (half * HALF) // record.group + q, tile, x_ref
 
         def exact_step(i, sums):
@@ -273,12 +295,20 @@ def stream_matmul(
         def store(sums: jax.Array, piece):
             first_token = piece * width
             start: dict[Along, Any] = {"m": first_token, "n": column * CHANNELS}
-            store_tile(
-                epilogue.apply(sums, vector_gm, vector_sm, 0, start),
-                o_sm.at[column],
-                o_gm.at[pl.ds(m0 + first_token, width), pl.ds(channel_block * CHANNELS, CHANNELS)],
-                transpose=True,
-            )
+            token, channel = m0 + first_token, channel_block * CHANNELS
+
+            def finished():
+                return epilogue.apply(sums, vector_gm, vector_sm, 0, start)
+
+            if groups is None:
+                target = o_gm.at[pl.ds(token, width), pl.ds(channel, CHANNELS)]
+                store_tile(finished(), o_sm.at[column], target, transpose=True)
+                return
+
+            @pl.when(count > first_token)
+            def _():
+                stage_tile(finished(), o_sm.at[column], transpose=True)
+                store_rows(o_rows.at[column], o_gm, token, channel, count - first_token)
 
         def finish(sums: list[jax.Array]):
             """Add the shares of the cluster's blocks and store; each piece has one owner."""
@@ -311,40 +341,55 @@ def stream_matmul(
                             result += load(peers_sm.at[peer, column, q], plgpu.Layout.WGMMA)
                         store(result, owner * owned + q)
 
-        sums = accumulate()
-        if epilogue.vectors:
-            plgpu.barrier_wait(fetched)
-        if c.kw == 1:
-            finish(sums)
-        else:
+        def run_tile():
+            if ring:
+                guarded(column == 0 if c.nw > 1 else True, fill_ring)
+            for i in range(slots):
+                guarded(i < steps, lambda i=i: fetch_records(i))
+            if epilogue.vectors:
+                guarded(warpgroup == 0 if c.workers > 1 else True, fetch_vectors)
+            sums = accumulate()
+            if epilogue.vectors:
+                plgpu.barrier_wait(fetched)
+            if c.kw == 1:
+                finish(sums)
+            else:
 
-            @pl.when(share > 0)
-            def _():
-                for p, piece in enumerate(sums):
-                    sums_sm[share - 1, column, p] = piece
-                plgpu.barrier_arrive(summed.at[column])
+                @pl.when(share > 0)
+                def _():
+                    for p, piece in enumerate(sums):
+                        sums_sm[share - 1, column, p] = piece
+                    plgpu.barrier_arrive(summed.at[column])
 
-            @pl.when(share == 0)
-            def _():
-                plgpu.barrier_wait(summed.at[column])
-                added = list(sums)
-                for other in range(c.kw - 1):
-                    for p in range(pieces):
-                        added[p] += load(sums_sm.at[other, column, p], plgpu.Layout.WGMMA)
-                finish(added)
+                @pl.when(share == 0)
+                def _():
+                    plgpu.barrier_wait(summed.at[column])
+                    added = list(sums)
+                    for other in range(c.kw - 1):
+                        for p in range(pieces):
+                            added[p] += load(sums_sm.at[other, column, p], plgpu.Layout.WGMMA)
+                    finish(added)
 
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        pl.when(count > 0)(run_tile) if groups is not None else run_tile()
 
     x_slots = c.kw * ring if ring else c.workers * slots
+    copies = 1 if groups is None else extent // depth
     scratch: dict[str, Any] = {
         "x_sm": _x_smem(x_slots, c.bm, extent, depth, x.dtype),
         "w_sm": plgpu.SMEM((c.workers * slots, c.records, record.rows, WORDS), jnp.int32),
         "o_sm": tiled_smem((c.nw, width, CHANNELS), problem.out_dtype),
-        "full": plgpu.Barrier(num_arrivals=1 if ring else 2, num_barriers=c.workers * slots),
+        "full": plgpu.Barrier(
+            num_arrivals=1 if ring else 1 + copies, num_barriers=c.workers * slots
+        ),
         **epilogue.scratch(1, c.bm, c.nw * CHANNELS),
     }
+    if groups is not None:
+        scratch["x_sm"] = two_views((x_slots, copies, c.bm, depth), x.dtype, interpret)
+        scratch["o_sm"] = two_views((c.nw, width, CHANNELS), problem.out_dtype, interpret)
     if ring:
-        scratch["x_full"] = plgpu.Barrier(num_arrivals=1, num_barriers=x_slots)
+        scratch["x_full"] = plgpu.Barrier(num_arrivals=copies, num_barriers=x_slots)
         scratch["x_empty"] = plgpu.Barrier(num_arrivals=c.nw, num_barriers=x_slots)
     if epilogue.vectors:
         scratch["fetched"] = plgpu.Barrier(num_arrivals=len(epilogue.vectors))
@@ -368,4 +413,5 @@ def stream_matmul(
         warpgroups=c.workers,
         name=name,
         interpret=interpret,
+        into=into,
     )

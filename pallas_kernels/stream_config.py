@@ -10,7 +10,7 @@ from pallas_kernels.problem import Config, Problem
 from pallas_kernels.record import CHANNELS, DEPTH, WORDS, Record
 from pallas_kernels.tiles import SMEM_RESERVE, cdiv
 
-# Tokens of one output staging buffer.
+# Most tokens of one output staging buffer.
 STAGE = 64
 # Barriers in one array: one phase bit each in a 32 bit register.
 MAX_BARRIERS = 32
@@ -69,7 +69,7 @@ class StreamConfig(Config):
         rows = codes + DEPTH // group * (1 + wide + bool(problem.zero))
         x_bytes = self.bm * DEPTH * jnp.dtype(problem.x_dtype).itemsize
         activations = self.kw * self.ring if self.ring else self.workers * self.slots
-        stage = self.nw * min(self.bm, STAGE) * CHANNELS * 2
+        stage = self.nw * self.stage * CHANNELS * 2
         sums = (self.kw - 1) * self.nw * CHANNELS * self.bm * 4
         peers = (self.cs - 1) * self.nw * CHANNELS * self.bm // self.owners * 4
         vectors = 8 * (self.bm + self.nw * CHANNELS)
@@ -79,20 +79,25 @@ class StreamConfig(Config):
         ) + SMEM_RESERVE
 
     @property
+    def stage(self) -> int:
+        """Tokens staged for the output at a time: the largest part of a tile that fits."""
+        return next(s for s in range(min(self.bm, STAGE), 0, -8) if self.bm % s == 0)
+
+    @property
     def owners(self) -> int:
         """Blocks of a cluster that store parts of the output tile."""
-        return min(self.cs, cdiv(self.bm, STAGE))
+        return min(self.cs, self.bm // self.stage)
 
     def refuses(self, problem: Problem) -> str | None:
         """Return why this config cannot run `problem`, or None."""
         total = cdiv(problem.k, DEPTH)
-        if self.bm % 8 or not 8 <= self.bm <= 256 or (self.bm > STAGE and self.bm % STAGE):
-            return "bm must be a multiple of 8 up to 64, or of 64 up to 256"
+        if self.bm % 8 or not 8 <= self.bm <= 256 or (self.bm > STAGE and self.bm % 16):
+            return "bm must be a multiple of 8 up to 64, or of 16 up to 256"
         if problem.n % (CHANNELS * self.nw):
             return f"N={problem.n} is no multiple of {CHANNELS * self.nw} channels"
         if total % self.records or total // self.records < self.cs * self.kw:
             return f"{total} records do not split into {self.cs} x {self.kw} runs of {self.records}"
-        if cdiv(self.bm, STAGE) % self.owners:
+        if self.bm // self.stage % self.owners:
             return f"{self.cs} blocks cannot share out {self.bm} tokens"
         if self.ring and not 0 <= self.lag < self.ring:
             return "lag must be below ring"

@@ -108,15 +108,12 @@ def drain(barriers: Any, steps: Any, count: int) -> None:
     lax.fori_loop(lax.max(steps - count, 0), steps, wait, jnp.int32(0))
 
 
-def store_tile(
-    tile: jax.Array, staging: Any, destination: Any, *, transpose: bool = False, pending: int = 0
-) -> None:
-    """Write a wgmma tile to global memory through a staging buffer in shared memory.
+def stage_tile(tile: jax.Array, staging: Any, *, transpose: bool = False, pending: int = 0) -> None:
+    """Write a wgmma tile to shared memory, from where TMA may read it.
 
     Args:
         tile: [rows, columns] in the WGMMA layout, already of the output type.
         staging: tiled shared memory, [rows, columns], or [columns, rows] when transposing.
-        destination: global memory of the staging buffer's shape; TMA drops what is out of bounds.
         transpose: whether the output is the transpose of the tile.
         pending: earlier stores that may still read their own staging buffers.
     """
@@ -126,6 +123,21 @@ def store_tile(
     else:
         staging[...] = tile
     plgpu.commit_smem()
+
+
+def store_tile(
+    tile: jax.Array, staging: Any, destination: Any, *, transpose: bool = False, pending: int = 0
+) -> None:
+    """Write a wgmma tile to global memory through a staging buffer.
+
+    Args:
+        tile: as for `stage_tile`, like the other arguments.
+        staging: tiled shared memory.
+        destination: global memory of the staging buffer's shape; TMA drops what is out of bounds.
+        transpose: whether the output is the transpose of the tile.
+        pending: earlier stores that may still read their own staging buffers.
+    """
+    stage_tile(tile, staging, transpose=transpose, pending=pending)
     plgpu.copy_smem_to_gmem(staging, destination)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.grouped_a16 import grouped_a16_problem
 from pallas_kernels.matmul_a16 import a16_problem
 from pallas_kernels.matmul_w4a8 import w4a8_problem
 from pallas_kernels.prepack import Prepacked
@@ -58,3 +61,49 @@ def xla_matmul_w4a8(
     y = _dot(x_q.astype(jnp.float32), dequantize(weight)) * x_scale
     y = y if bias is None else y + bias.astype(jnp.float32)
     return y.astype(problem.out_dtype)
+
+
+# Rows that the loop of a grouped matmul takes at a time.
+_ROWS = 128
+
+
+def xla_grouped_matmul_a16(
+    x: jax.Array,
+    weight: Prepacked,
+    group_sizes: jax.Array,
+    *,
+    first: int = 0,
+    row_scale: jax.Array | None = None,
+    into: jax.Array | None = None,
+    out_dtype: jax.typing.DTypeLike | None = None,
+) -> jax.Array:
+    """Do what `grouped_matmul_a16` does, one expert's rows at a time; other rows become zero."""
+    problem = grouped_a16_problem(
+        x, weight, group_sizes, first=first, row_scale=row_scale, into=into, out_dtype=out_dtype
+    )
+    ends = jnp.cumsum(group_sizes)
+    # A piece may reach past the last row.
+    padded = jnp.pad(x, ((0, _ROWS), (0, 0)))
+    scale = jnp.ones(problem.m) if row_scale is None else row_scale
+    scale = jnp.pad(scale, (0, _ROWS))
+    out = jnp.zeros((problem.m, problem.n), problem.out_dtype) if into is None else into
+    out = jnp.pad(out, ((0, _ROWS), (0, 0)))
+
+    def expert(e: jax.Array, out: jax.Array) -> jax.Array:
+        one = dataclasses.replace(weight, records=weight.records[e])
+        w = dequantize(one).astype(x.dtype)
+        end = ends[first + e]
+        begin = end - group_sizes[first + e]
+
+        def piece(i: jax.Array, out: jax.Array) -> jax.Array:
+            row = begin + i * _ROWS
+            y = _dot(lax.dynamic_slice_in_dim(padded, row, _ROWS), w)
+            y = y * lax.dynamic_slice_in_dim(scale, row, _ROWS)[:, None]
+            mine = row + jnp.arange(_ROWS) < end
+            old = lax.dynamic_slice_in_dim(out, row, _ROWS)
+            new = jnp.where(mine[:, None], y.astype(out.dtype), old)
+            return lax.dynamic_update_slice_in_dim(out, new, row, 0)
+
+        return lax.fori_loop(0, -(-(end - begin) // _ROWS), piece, out)
+
+    return lax.fori_loop(0, problem.experts, expert, out)[: problem.m]

@@ -1,0 +1,75 @@
+"""The tiles of the grouped stream kernels for 16-bit activations: defaults and candidates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from pallas_kernels.a16_configs import A16DecodeConfig, A16PrefillConfig, fitting, most_tokens
+from pallas_kernels.problem import Problem
+from pallas_kernels.tiles import round_up
+
+
+def _typical_tile(problem: Problem, step: int) -> int:
+    """Return the height that holds the rows of most experts when rows spread at random."""
+    mean = problem.m / problem.experts
+    return max(8, round_up(math.ceil(mean + 2 * math.sqrt(mean)), step))
+
+
+def decode_shapes(problem: Problem) -> Iterator[dict[str, int]]:
+    """Yield tiles for few rows an expert, the likeliest first; the last ones run anything."""
+    bm = min(most_tokens(problem), _typical_tile(problem, 8))
+    yield dict(bm=bm, kw=2, records=2)
+    yield dict(bm=bm, kw=2)
+    yield dict(bm=bm)
+
+
+def prefill_shapes(problem: Problem) -> Iterator[dict[str, int]]:
+    """Yield tiles for many rows an expert, the likeliest first; the last ones run anything."""
+    bm = _prefill_tile(problem)
+    yield dict(bm=bm, nw=2, ring=2, lag=0)
+    yield dict(bm=bm, ring=2, lag=0)
+
+
+def _prefill_tile(problem: Problem) -> int:
+    tile = _typical_tile(problem, 16)
+    return tile if tile <= 128 else 128
+
+
+def decode_candidates(problem: Problem) -> Iterator[A16DecodeConfig]:
+    """Yield the decode configs worth measuring."""
+    tile = _typical_tile(problem, 8)
+    heights = sorted({min(most_tokens(problem), max(8, h)) for h in (tile - 8, tile)})
+    shapes = [
+        dict(bm=bm, kw=kw, cs=cs, slots=slots, records=records)
+        for bm in heights
+        for kw, cs, slots, records in (
+            (1, 1, 2, 1),
+            (1, 1, 2, 2),
+            (1, 1, 3, 1),
+            (1, 2, 2, 2),
+            (2, 1, 2, 1),
+            (2, 1, 2, 2),
+            (2, 2, 2, 1),
+            (4, 1, 2, 1),
+            (4, 1, 2, 2),
+        )
+    ]
+    shapes += [
+        dict(bm=bm, nw=nw, records=records, ring=ring, lag=lag)
+        for bm in heights
+        for nw, records, ring, lag in ((2, 1, 4, 1), (2, 2, 3, 1), (4, 1, 4, 1), (4, 2, 3, 0))
+    ]
+    return fitting(A16DecodeConfig, shapes, problem)
+
+
+def prefill_candidates(problem: Problem) -> Iterator[A16PrefillConfig]:
+    """Yield the prefill configs worth measuring."""
+    tile = _typical_tile(problem, 16)
+    heights = {h for h in (tile - 16, tile, 64, 96, 128, 256) if 32 <= h <= 256 and h < 4 * tile}
+    shapes = [
+        dict(bm=bm, nw=nw, ring=ring, lag=lag)
+        for bm in sorted(heights)
+        for nw, ring, lag in ((1, 2, 0), (2, 2, 0), (2, 4, 1), (4, 4, 1))
+    ]
+    return fitting(A16PrefillConfig, shapes, problem)

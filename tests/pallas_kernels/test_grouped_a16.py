@@ -1,0 +1,214 @@
+"""grouped_matmul_a16 against float64: interpreted, as XLA, and lowered to CUDA."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from a16_cases import FORMATS, Case
+from grouped_cases import Groups, patterns, structs
+
+from pallas_kernels import KernelError
+from pallas_kernels.a16_configs import A16DecodeConfig, A16PrefillConfig
+from pallas_kernels.group_tiles import Groups as Rows
+from pallas_kernels.grouped_a16 import (
+    GROUPED_A16_KERNELS,
+    grouped_a16_problem,
+    grouped_matmul_a16,
+)
+from pallas_kernels.problem import select
+from pallas_kernels.xla_a16 import xla_grouped_matmul_a16
+
+PLAIN = [dataclasses.replace(f, bias="", perm=False) for f in FORMATS]
+UNTOUCHED = 7.0
+
+
+def error(groups: Groups, got: np.ndarray) -> float:
+    """Return the relative error of the rows that the weight's experts have."""
+    assert got.dtype.name == groups.case.out
+    return oracle.relative_error(got[groups.mine], groups.expected()[groups.mine])
+
+
+def tolerance(groups: Groups, rounded: bool = False) -> float:
+    """Bound of the relative error, as for a single weight."""
+    return (4 if rounded else 2) * oracle.rounding(groups.case.out)
+
+
+def check_interpreted(interpret, groups: Groups, config) -> None:
+    """Run under the interpreter into an array whose other rows must keep their values."""
+    into = jnp.full((groups.case.m, groups.case.n), UNTOUCHED, groups.case.out)
+    got = interpret(
+        grouped_matmul_a16,
+        weight=groups.weight(),
+        into=into,
+        config=config,
+        **groups.operands(),
+    )
+    assert (got[~groups.mine] == UNTOUCHED).all(), "wrote to rows of others"
+    rounded = isinstance(config, A16PrefillConfig)
+    assert error(groups, got) < tolerance(groups, rounded)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("sizes", "config"),
+    [
+        ((3, 0, 9, 1), A16DecodeConfig(8)),
+        ((0, 0, 13, 0), A16DecodeConfig(8, kw=2)),
+        ((1, 1, 1, 1, 1, 1, 1, 1), A16DecodeConfig(8, records=2)),
+        ((5, 0, 20, 17), A16DecodeConfig(16, nw=2, ring=2, lag=0)),
+        ((30, 0, 0, 3), A16DecodeConfig(24, nw=2, ring=2, lag=0)),
+        ((0, 130, 0, 65), A16PrefillConfig(96, nw=2, ring=2, lag=0)),
+        ((64, 1, 63, 0), A16PrefillConfig(64, kw=2, ring=2, lag=0)),
+    ],
+    ids=str,
+)
+def test_groups_under_the_interpreter(interpret, sizes, config):
+    case = Case(sum(sizes) + 3, n=128, k=512, zero=True)
+    check_interpreted(interpret, Groups(case, sizes, scaled=True), config)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("case", [PLAIN[i] for i in (2, 5, 8)], ids=str)
+def test_formats_under_the_interpreter(interpret, case):
+    case = dataclasses.replace(case, m=12, n=64, k=384)
+    check_interpreted(interpret, Groups(case, (3, 0, 8)), A16DecodeConfig(8, kw=2))
+
+
+@pytest.mark.interpret
+def test_runs_of_a_bank_under_the_interpreter(interpret):
+    """Two launches into one array: two layouts side by side, and rows of no expert."""
+    sizes = (2, 0, 9, 4, 0, 6)
+    wide = Case(24, n=64, k=256, code="int8", scale="float32")
+    runs = [Groups(wide, sizes, 0, 3), Groups(Case(24, n=64, k=256), sizes, 3, 6)]
+    out = jnp.full((24, 64), UNTOUCHED, jnp.bfloat16)
+    config = A16DecodeConfig(8)
+    for run in runs:
+        given = {"weight": run.weight(), "config": config, **run.operands()}
+        out = interpret(grouped_matmul_a16, into=jnp.asarray(out), **given)
+    for run in runs:
+        assert error(run, out) < tolerance(run)
+    assert (out[sum(sizes) :] == UNTOUCHED).all()
+
+
+@pytest.mark.parametrize("height", [8, 24, 96])
+def test_tiles_cover_every_pattern_of_empty_experts(height):
+    """Each row of the weight's experts is in one tile of its own expert, and no other row is."""
+    all_sizes = patterns(8, (1, 2, 7, 8, 9, 130))
+    rows = int(all_sizes.sum(1).max())
+    groups = Rows(rows, 8, 2, 5)
+    find = groups.finder(height, interpret=True)
+    index = jnp.arange(groups.tiles(height))
+    found = jax.jit(jax.vmap(lambda s: jax.vmap(lambda i: find(s, i))(index)))(all_sizes)
+    for sizes, expert, row, live in zip(all_sizes, *map(np.asarray, found), strict=True):
+        owner = np.full(rows, -1)
+        for e, r, count in zip(expert, row, live, strict=True):
+            assert 0 <= count <= height and (owner[r : r + count] == -1).all()
+            owner[r : r + count] = e + 2
+        want = np.full(rows, -1)
+        want[: sizes.sum()] = np.repeat(np.arange(8), sizes)
+        want[(want < 2) | (want >= 7)] = -1
+        np.testing.assert_array_equal(owner, want)
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_xla_computes_the_same(case):
+    groups = Groups(dataclasses.replace(case, m=210), (3, 0, 150, 1, 40), 1, 5, scaled=True)
+    got = np.asarray(xla_grouped_matmul_a16(weight=groups.weight(), **groups.operands()))
+    assert error(groups, got) < tolerance(groups, rounded=True)
+
+
+def test_xla_takes_every_pattern_of_empty_experts():
+    case = Case(60, n=64, k=128)
+    first = Groups(case, (0,) * 8)
+    call = jax.jit(xla_grouped_matmul_a16)
+    weight, x = first.weight(), first.operands()["x"]
+    for sizes in patterns(8, (1, 2, 7)):
+        groups = Groups(case, tuple(map(int, sizes)))
+        got = np.asarray(call(x, weight, jnp.asarray(sizes, jnp.int32)))
+        assert not got[~groups.mine].any()
+        if groups.mine.any():
+            assert error(groups, got) < tolerance(groups, rounded=True)
+
+
+@pytest.mark.parametrize("wrong", ["sizes", "experts", "row_scale"])
+def test_a_wrong_operand_is_noticed(wrong):
+    """Negative control: a row given to a neighbour, experts exchanged, scales of other rows."""
+    groups = Groups(Case(40, group=64), (3, 0, 20, 17), scaled=True)
+    weight, given = groups.weight(), groups.operands()
+    if wrong == "sizes":
+        given["group_sizes"] = jnp.asarray((4, 0, 19, 17), jnp.int32)
+    elif wrong == "experts":
+        weight = dataclasses.replace(weight, records=jnp.roll(weight.records, 1, 0))
+    else:
+        given["row_scale"] = np.roll(given["row_scale"], 1)
+    got = np.asarray(xla_grouped_matmul_a16(weight=weight, **given))
+    assert error(groups, got) > 4 * tolerance(groups, rounded=True)
+
+
+def lowered(lower, case: Case, experts: int, config=None) -> None:
+    text = lower(lambda *operands: grouped_matmul_a16(*operands, config=config), *structs(case, 8))
+    assert "mosaic_gpu" in text
+
+
+@pytest.mark.parametrize("m", [13, 400])
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_every_format_lowers_to_cuda(lower, case, m):
+    lowered(lower, dataclasses.replace(case, m=m), 8)
+
+
+@pytest.mark.parametrize("m", [16, 100, 800])
+def test_every_candidate_lowers_to_cuda(lower, m):
+    case = Case(m, n=3072, k=2048)
+    problem = grouped_a16_problem(*structs(case, 8))
+    for kernel in GROUPED_A16_KERNELS:
+        if kernel.accepts(problem) is None:
+            for config in kernel.candidates(problem):
+                lowered(lower, case, 8, config)
+
+
+def test_the_output_of_a_run_takes_over_a_buffer(lower):
+    case = Case(16)
+    text = lower(
+        lambda x, w, s, into: grouped_matmul_a16(x, w, s, into=into),
+        *structs(case, 8),
+        jax.ShapeDtypeStruct((16, case.n), jnp.bfloat16),
+    )
+    assert "output_operand_alias" in text
+
+
+@pytest.mark.parametrize("m", [1, 8, 100, 1000, 30000])
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_every_problem_has_a_config(case, m):
+    for n, k in ((64, 192), (768, 2048), (4096, 7168)):
+        given = structs(dataclasses.replace(case, m=m, n=n, k=k, group=case.group or None), 16)
+        problem = grouped_a16_problem(*given)
+        _, config = select(GROUPED_A16_KERNELS, problem)
+        assert config.refuses(problem) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": np.ones((3, 64), np.float16)}, r"\[rows, 256\]"),
+        ({"x": np.ones((3, 256), np.float32)}, "bfloat16 or float16"),
+        ({"group_sizes": np.ones(2, np.float32)}, "int32"),
+        ({"first": 1}, "needs a size"),
+        ({"row_scale": np.ones(2, np.float32)}, r"\(3,\) float32"),
+        ({"into": np.ones((3, 128), np.float32)}, r"\(3, 128\) bfloat16"),
+        ({"out_dtype": "float32"}, "out_dtype"),
+    ],
+    ids=str,
+)
+def test_operands_that_break_the_contract(change, message):
+    groups = Groups(Case(3), (1, 2))
+    with pytest.raises(KernelError, match=message):
+        grouped_matmul_a16(**{"weight": groups.weight(), **groups.operands(), **change})
+
+
+def test_a_single_weight_is_refused():
+    case = Case(3)
+    with pytest.raises(KernelError, match="leading axis"):
+        grouped_matmul_a16(case.activations()["x"], case.pack(case.plain()), jnp.ones(1, jnp.int32))
