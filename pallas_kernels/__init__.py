@@ -3,6 +3,9 @@
 Plain arrays in, plain arrays out; only jax and numpy are needed.
 """
 
+from pallas_kernels.grouped_a8 import GROUPED_A8_KERNELS as GROUPED_A8_KERNELS
+from pallas_kernels.grouped_a8 import grouped_a8_problem as grouped_a8_problem
+from pallas_kernels.grouped_a8 import grouped_matmul_a8 as grouped_matmul_a8
 from pallas_kernels.grouped_a16 import GROUPED_A16_KERNELS as GROUPED_A16_KERNELS
 from pallas_kernels.grouped_a16 import grouped_a16_problem as grouped_a16_problem
 from pallas_kernels.grouped_a16 import grouped_matmul_a16 as grouped_matmul_a16

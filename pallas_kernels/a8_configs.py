@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 from pallas_kernels.a8_problem import common_refusal, epilogue_of, promotes, step_k
@@ -37,7 +38,7 @@ class DecodeConfig(Config):
 
     def adapted(self, problem: Problem) -> DecodeConfig:
         """Return this config with tiles of the least height that reads the weights once."""
-        height = _tile_tokens(problem.m)
+        height = grouped_height(problem) if problem.experts else _tile_tokens(problem.m)
         for stages in range(self.stages, 1, -1):
             config = dataclasses.replace(self, bm=height, stages=stages)
             if stages % self.split == 0 and config.refuses(problem) is None:
@@ -69,6 +70,8 @@ class DecodeConfig(Config):
             return "8 tokens or fewer take tiles of 8"
         if promotes(problem) and self.atoms > 1:
             return "scales along K need steps of one atom"
+        if problem.experts and (self.split > 1 or self.cluster > 1):
+            return "a grouped problem has tiles enough not to split K"
         if problem.n % (CHANNELS * self.channels):
             return f"N={problem.n} is no multiple of {CHANNELS * self.channels} channels"
         if problem.k % (step * self.cluster) or problem.k // step // self.cluster < self.split:
@@ -199,8 +202,10 @@ class PrefillConfig(Config):
             return f"needs {registers} accumulator registers a thread"
         # With N = 64 and a tile of 128, the half outside overwrote the other on an H200: a store
         # beyond a dimension of a single swizzle tile does not seem to be dropped.
-        if self.bn > problem.n or self.bm > problem.m:
+        if self.bn > problem.n or (self.bm > problem.m and not problem.experts):
             return f"a tile of {self.bm} x {self.bn} is larger than the output"
+        if problem.experts and self.cluster > 1:
+            return "row tiles of a grouped problem share no weights"
         if self.stages < 2:
             return "needs two stages: one is released when the next is in use"
         if cdiv(problem.m, self.bm) % self.cluster:
@@ -248,3 +253,70 @@ def prefill_candidates(problem: Problem) -> Iterator[PrefillConfig]:
                     )
                     if config.refuses(problem) is None:
                         yield config
+
+
+def grouped_height(problem: Problem) -> int:
+    """Return the height of the tile that holds nearly every expert's rows, at most 128.
+
+    Rows that choose their experts at random scatter by the square root of their number, and a tile
+    starts up to 7 rows before its expert's.
+    """
+    if problem.m <= 8:
+        return 8
+    mean = problem.m / min(problem.m, problem.experts)
+    return min(128, round_up(math.ceil(mean + 7 + 2 * mean**0.5), 8))
+
+
+def grouped_decode_refuses(problem: Problem) -> str | None:
+    if reason := common_refusal(problem):
+        return reason
+    if problem.m > 128 * problem.experts:
+        return "takes at most 128 rows an expert"
+    return None
+
+
+def grouped_decode_default(problem: Problem) -> DecodeConfig:
+    """Return 128 channels a block and as many stages as fit."""
+    for channels in (2, 1):
+        if config := _fitted(problem, grouped_height(problem), 1, channels, 1, 1, 1):
+            return config
+    return DecodeConfig(8, 4, 1, 1, 1, 1)
+
+
+def grouped_decode_candidates(problem: Problem) -> Iterator[DecodeConfig]:
+    """Yield the configs worth measuring."""
+    height = grouped_height(problem)
+    heights = {height, max(8, height // 16 * 8), min(128, height + 16)}
+    for bm in sorted({8} if problem.m <= 8 else heights - {8}):
+        for channels, occupancy in ((1, 2), (1, 3), (2, 1), (2, 2), (3, 1), (4, 1)):
+            for atoms in (1,) if promotes(problem) or bm > 64 else (1, 2):
+                if config := _fitted(problem, bm, atoms, channels, 1, 1, occupancy):
+                    yield config
+
+
+def grouped_prefill_refuses(problem: Problem) -> str | None:
+    if reason := common_refusal(problem):
+        return reason
+    return "takes at least a row an expert" if problem.m < problem.experts else None
+
+
+def grouped_prefill_default(problem: Problem) -> PrefillConfig:
+    """Return the widest tile."""
+    widths = ((128, 6),) if promotes(problem) else ((256, 4), (192, 5), (128, 6))
+    for bn, stages in widths:
+        if bn <= problem.n:
+            return PrefillConfig(bn=bn, stages=stages)
+    return PrefillConfig(bn=64, stages=6)
+
+
+def grouped_prefill_candidates(problem: Problem) -> Iterator[PrefillConfig]:
+    """Yield the configs worth measuring."""
+    if promotes(problem):
+        tiles = [(128, 128, 6, 2), (192, 128, 4, 3), (128, 192, 4, 2)]
+    else:
+        tiles = [(128, 256, 4, 2), (128, 192, 5, 2), (128, 128, 6, 2), (256, 128, 4, 2)]
+    for bm, bn, stages, warpgroups in tiles:
+        for group, minor in ((8, 0), (2, 0), (16, 1)):
+            config = PrefillConfig(bm, bn, stages, warpgroups, 1, group, minor)
+            if config.refuses(problem) is None:
+                yield config

@@ -3,8 +3,9 @@
 Reading the weights once is all the work, so every SM must pull its share from the first moment.
 K is split over warpgroups of a block, which add through shared memory, and over the blocks of a
 cluster, which add through distributed shared memory; then a narrow layer also fills the chip.  A
-block makes one output tile.  Several blocks share an SM when their shared memory allows it, so this
-kernel leaves the register split to the compiler.
+block makes one output tile; in a grouped problem, where experts make tiles enough, it makes several
+and does not split K.  Several blocks share an SM when their shared memory allows it, so this kernel
+leaves the register split to the compiler.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ from pallas_kernels.a8_problem import (
     step_k,
     w_block,
 )
+from pallas_kernels.grouped import Tile, live_tiles, most_tiles, read_tile, tile_schedule
 from pallas_kernels.launch import CLUSTER, GRID, WARPGROUP, launch
 from pallas_kernels.problem import Kernel, Problem
+from pallas_kernels.store_rows import store_rows
 from pallas_kernels.tiles import (
     COLUMN,
     accumulator,
@@ -63,8 +66,16 @@ def matmul(
     promoted, grouped = promotes(problem), problem.x_scale == "1x128"
     steps = k // bk // c.cluster
     # A slot always belongs to the same share of K, so that releases come in order.
-    stages = min(c.stages // c.split * c.split, round_up(steps, c.split))
-    row_tiles, workers = cdiv(m, c.bm), c.channels * c.split
+    stages = c.stages // c.split * c.split
+    if not problem.experts:
+        stages = min(stages, round_up(steps, c.split))
+    row_tiles = most_tiles(m, problem.experts, c.bm) if problem.experts else cdiv(m, c.bm)
+    tiles, workers = row_tiles * (n // bn), c.channels * c.split
+    grid = tiles
+    if problem.experts:
+        grid = min(tiles, problem.device.sms * c.occupancy)
+        operands = (*operands[:-1], tile_schedule(operands[-1], m, c.bm))
+    block_rows = cdiv(n, block[0]) if block else 0
     shape = (CHANNELS, c.bm)
     parts = c.parts
     width = c.bm // parts
@@ -80,6 +91,7 @@ def matmul(
         full,
         empty,
         tile_full: Any = None,
+        tile_empty: Any = None,
         groups_sm: Any = None,
         sums_sm: Any = None,
         summed: Any = None,
@@ -89,49 +101,94 @@ def matmul(
     ):
         gmem, o_gm = dict(zip(names, refs, strict=False)), refs[-1]
         warpgroup, rank = lax.axis_index(WARPGROUP), lax.axis_index(CLUSTER)
-        tile = lax.axis_index(GRID)
-        m0 = lax.rem(tile, jnp.int32(row_tiles)) * c.bm
-        n0 = lax.div(tile, jnp.int32(row_tiles)) * bn
         first_step = rank * steps
+
+        def each_tile(use) -> Any:
+            """Call `use(rows, first channel, tiles that this block made before)` for its tiles."""
+            if not problem.experts:
+                tile = lax.axis_index(GRID)
+                m0 = lax.rem(tile, jnp.int32(row_tiles)) * c.bm
+                use(Tile(0, m0, 0, m), lax.div(tile, jnp.int32(row_tiles)) * bn, 0)
+                return jnp.int32(1)
+            columns = n // bn
+
+            @plgpu.nd_loop(
+                (live_tiles(gmem["tiles"]) * columns,),
+                collective_axes=GRID,
+                init_carry=jnp.int32(0),
+            )
+            def count(info, carry):
+                (tile,) = info.index
+                at = read_tile(gmem["tiles"], lax.div(tile, jnp.int32(columns)))
+                use(at, lax.rem(tile, jnp.int32(columns)) * bn, info.local_index)
+                return carry + 1
+
+            return count
 
         @pl.when(warpgroup == workers)
         def produce():
-            def step(i, carry):
-                s = slot(i, stages)
+            def produce_tile(at, n0, before):
+                def step(i, carry):
+                    s = slot(before * steps + i, stages)
 
-                @pl.when(i >= stages)
-                def _():
-                    plgpu.barrier_wait(empty.at[s])
+                    @pl.when(before * steps + i >= stages)
+                    def _():
+                        plgpu.barrier_wait(empty.at[s])
 
-                at_k = pl.ds((first_step + i) * bk, bk)
-                plgpu.copy_gmem_to_smem(gmem["w"].at[pl.ds(n0, bn), at_k], w_sm.at[s], full.at[s])
-                plgpu.copy_gmem_to_smem(
-                    gmem["x_q"].at[pl.ds(m0, c.bm), at_k], x_sm.at[s], full.at[s]
-                )
-                if grouped:
+                    at_k = pl.ds((first_step + i) * bk, bk)
                     plgpu.copy_gmem_to_smem(
-                        gmem["x_groups"].at[(first_step + i) * bk // GROUP, pl.ds(m0, c.bm)],
-                        groups_sm.at[s, pl.ds(0, c.bm)],
-                        full.at[s],
+                        gmem["w"].at[pl.ds(at.expert * n + n0, bn), at_k], w_sm.at[s], full.at[s]
                     )
-                return carry
+                    plgpu.copy_gmem_to_smem(
+                        gmem["x_q"].at[pl.ds(at.first, c.bm), at_k], x_sm.at[s], full.at[s]
+                    )
+                    if grouped:
+                        group = (first_step + i) * bk // GROUP
+                        plgpu.copy_gmem_to_smem(
+                            gmem["x_groups"].at[group, pl.ds(at.first, c.bm)],
+                            groups_sm.at[s, pl.ds(0, c.bm)],
+                            full.at[s],
+                        )
+                    return carry
 
-            if epilogue.vectors:
-                epilogue.fetch(
-                    gmem, vectors, 0, tile_full, {"m": m0, "n": n0}, {"m": c.bm, "n": bn}
-                )
-            lax.fori_loop(0, steps, step, jnp.int32(0))
-            drain(empty, jnp.int32(steps), stages)
+                def fetch():
+                    epilogue.fetch(
+                        gmem,
+                        vectors,
+                        0,
+                        tile_full,
+                        {"m": at.first, "n": at.expert * n + n0},
+                        {"m": c.bm, "n": bn},
+                    )
 
-        @pl.when(warpgroup < workers)
-        def consume():
+                if epilogue.vectors and not problem.experts:
+                    fetch()
+                lax.fori_loop(0, steps, step, jnp.int32(0))
+                # Last, so that one buffer is enough: the previous tile is long finished by now.
+                if epilogue.vectors and problem.experts:
+
+                    @pl.when(before > 0)
+                    def _():
+                        plgpu.barrier_wait(tile_empty)
+
+                    fetch()
+
+            made = each_tile(produce_tile)
+            drain(empty, made * steps, stages)
+            if epilogue.vectors and problem.experts:
+
+                @pl.when(made > 0)
+                def _():
+                    plgpu.barrier_wait(tile_empty)
+
+        def consume_tile(at, n0, before):
             column = lax.rem(warpgroup, jnp.int32(c.channels))
             share = lax.div(warpgroup, jnp.int32(c.channels))
             my_rows = pl.ds(column * CHANNELS, CHANNELS)
             my_steps = lax.div(steps - share + c.split - 1, jnp.int32(c.split))
 
             def my_slot(i):
-                return slot(i * c.split + share, stages)
+                return slot(before * steps + i * c.split + share, stages)
 
             def accumulate(acc):
                 def step(i, carry):
@@ -162,7 +219,8 @@ def matmul(
                     if block:
                         channel = n0 + column * CHANNELS
                         at_k = (first_step + i * c.split + share) * bk
-                        scale = scale * gmem["w_blocks"][channel // block[0], at_k // block[1]]
+                        row = at.expert * block_rows + channel // block[0]
+                        scale = scale * gmem["w_blocks"][row, at_k // block[1]]
                     plgpu.wgmma_wait(0)
                     return acc[...], scale
 
@@ -182,13 +240,24 @@ def matmul(
                 first = part * width
                 if epilogue.vectors:
                     plgpu.barrier_wait(tile_full)
+                my_column = column * CHANNELS
+                tile = epilogue.apply(
+                    total, gmem, vectors, 0, {"m": first, "n": my_column, "expert": at.expert}
+                )
+                if epilogue.vectors and problem.experts:
+                    release(tile_empty, interpret)
+                my_channel = n0 + my_column
+                if problem.experts:
+                    staging = o_sm.at[column]
+                    return store_rows(
+                        tile, staging, o_gm, at.first, my_channel, at, interpret, transpose=True
+                    )
                 store_tile(
-                    epilogue.apply(total, gmem, vectors, 0, {"m": first, "n": column * CHANNELS}),
+                    tile,
                     o_sm.at[column],
-                    o_gm.at[pl.ds(m0 + first, width), pl.ds(n0 + column * CHANNELS, CHANNELS)],
+                    o_gm.at[pl.ds(at.first + first, width), pl.ds(my_channel, CHANNELS)],
                     transpose=True,
                 )
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
             def send(total, part):
                 plgpu.async_store_smem(
@@ -233,6 +302,11 @@ def matmul(
                     result += load(sums_sm.at[other, column], plgpu.Layout.WGMMA)
                 add_blocks(result)
 
+        @pl.when(warpgroup < workers)
+        def consume():
+            each_tile(consume_tile)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
     acc_dtype = jnp.float32 if promoted else accumulator_dtype(problem)
     scratch = {
         "x_sm": tiled_smem((stages, c.bm, bk), problem.x_dtype),
@@ -244,6 +318,8 @@ def matmul(
     }
     if epilogue.vectors:
         scratch["tile_full"] = plgpu.Barrier(num_arrivals=len(epilogue.vectors))
+        if problem.experts:
+            scratch["tile_empty"] = plgpu.Barrier(num_arrivals=c.channels)
     if grouped:
         scratch["groups_sm"] = plgpu.SMEM((stages, round_up(c.bm, 32)), jnp.float32)
     if c.split > 1:
@@ -258,7 +334,7 @@ def matmul(
         *operands,
         out=jax.ShapeDtypeStruct((m, n), problem.out_dtype),
         scratch=scratch,
-        grid=row_tiles * (n // bn),
+        grid=grid,
         cluster=c.cluster,
         warpgroups=workers + 1,
         name="matmul_a8_decode",

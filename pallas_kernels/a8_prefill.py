@@ -2,6 +2,8 @@
 
 One warpgroup issues TMA copies, the others multiply; tokens are the rows of the wgmma.  The step
 counter runs on across output tiles, so the copies for the next tile proceed during the epilogue.
+A grouped problem differs in where its row tiles lie and whose weights they meet: both come from a
+table, and rows of a neighbour in a tile are computed but not stored.
 
 With scales along K (1x128 activations, blocked weights) each K step has a fresh accumulator that is
 promoted to float32 registers, which also makes the result immune to the reduced precision in which
@@ -35,8 +37,10 @@ from pallas_kernels.a8_problem import (
     step_k,
     w_block,
 )
+from pallas_kernels.grouped import Tile, live_tiles, most_tiles, read_tile, tile_schedule
 from pallas_kernels.launch import CLUSTER, GRID, WARPGROUP, launch
 from pallas_kernels.problem import Kernel, Problem
+from pallas_kernels.store_rows import store_rows
 from pallas_kernels.tiles import (
     ROW,
     accumulator,
@@ -59,7 +63,8 @@ def matmul(
     bk, promoted, blocked = step_k(problem), promotes(problem), w_block(problem) is not None
     block_n, block_k = w_block(problem) or (c.bn, bk)
     grouped = problem.x_scale == "1x128"
-    row_tiles, column_tiles, steps = cdiv(m, c.bm), cdiv(n, c.bn), cdiv(k, bk)
+    row_tiles = most_tiles(m, problem.experts, c.bm) if problem.experts else cdiv(m, c.bm)
+    column_tiles, steps = cdiv(n, c.bn), cdiv(k, bk)
     row_clusters = row_tiles // c.cluster
     tiles = row_clusters * column_tiles
     grid = min(tiles, max(1, problem.device.sms // c.cluster))
@@ -71,6 +76,8 @@ def matmul(
     pieces, block_rows = c.bn // piece, cdiv(n, block_n)
     epilogue = epilogue_of(problem, transposed=False)
     names = operand_names(problem)
+    if problem.experts:  # the last operand: rows of each expert
+        operands = (*operands[:-1], tile_schedule(operands[-1], m, c.bm))
 
     def body(
         *refs,
@@ -86,20 +93,25 @@ def matmul(
     ):
         gmem, o_gm = dict(zip(names, refs, strict=False)), refs[-1]
         warpgroup, block_in_cluster = lax.axis_index(WARPGROUP), lax.axis_index(CLUSTER)
+        clusters = live_tiles(gmem["tiles"]) if problem.experts else row_clusters
 
         def origin(info):
-            """First token and first channel of this block's part of a tile of the grid."""
+            """Return the rows and the first channel of this block's part of a tile of the grid."""
             (linear,) = info.index
-            row, column = plgpu.planar_snake(linear, (row_clusters, column_tiles), c.minor, c.group)
-            return (row * c.cluster + block_in_cluster) * c.bm, column * c.bn
+            row, column = plgpu.planar_snake(linear, (clusters, column_tiles), c.minor, c.group)
+            if problem.experts:
+                return read_tile(gmem["tiles"], row), column * c.bn
+            return Tile(0, (row * c.cluster + block_in_cluster) * c.bm, 0, m), column * c.bn
 
         @pl.when(warpgroup == producer)
         def produce():
             plgpu.set_max_registers(24 if c.warpgroups > 2 else 40, action="decrease")
 
-            @plgpu.nd_loop((tiles,), collective_axes=GRID, init_carry=jnp.int32(0))
+            @plgpu.nd_loop(
+                (clusters * column_tiles,), collective_axes=GRID, init_carry=jnp.int32(0)
+            )
             def steps_done(info, carry):
-                m0, n0 = origin(info)
+                at, n0 = origin(info)
 
                 def step(i, count):
                     s = slot(count, stages)
@@ -110,23 +122,23 @@ def matmul(
 
                     at_k = pl.ds(i * bk, bk)
                     plgpu.copy_gmem_to_smem(
-                        gmem["x_q"].at[pl.ds(m0, c.bm), at_k], x_sm.at[s], full.at[s]
+                        gmem["x_q"].at[pl.ds(at.first, c.bm), at_k], x_sm.at[s], full.at[s]
                     )
                     plgpu.copy_gmem_to_smem(
-                        gmem["w"].at[pl.ds(n0, c.bn), at_k],
+                        gmem["w"].at[pl.ds(at.expert * n + n0, c.bn), at_k],
                         w_sm.at[s],
                         full.at[s],
                         collective_axes=CLUSTER if c.cluster > 1 else None,
                     )
                     if grouped:
                         plgpu.copy_gmem_to_smem(
-                            gmem["x_groups"].at[i * bk // GROUP, pl.ds(m0, c.bm)],
+                            gmem["x_groups"].at[i * bk // GROUP, pl.ds(at.first, c.bm)],
                             groups_sm.at[s],
                             full.at[s],
                         )
                     return count + 1
 
-                steps_done = lax.fori_loop(0, steps, step, carry)
+                count = lax.fori_loop(0, steps, step, carry)
                 # Last, so that one buffer is enough: the previous tile is long finished by now.
                 if epilogue.vectors:
 
@@ -135,22 +147,31 @@ def matmul(
                         plgpu.barrier_wait(tile_empty)
 
                     epilogue.fetch(
-                        gmem, vectors, 0, tile_full, {"m": m0, "n": n0}, {"m": c.bm, "n": c.bn}
+                        gmem,
+                        vectors,
+                        0,
+                        tile_full,
+                        {"m": at.first, "n": at.expert * n + n0},
+                        {"m": c.bm, "n": c.bn},
                     )
-                return steps_done
+                return count
 
-            drain(empty, steps_done, stages)
+            total: Any = steps_done
+            drain(empty, total, stages)
             if epilogue.vectors:
-                plgpu.barrier_wait(tile_empty)
+
+                @pl.when(total > 0)
+                def _():
+                    plgpu.barrier_wait(tile_empty)
 
         @pl.when(warpgroup < producer)
         def consume():
             plgpu.set_max_registers(232 if c.warpgroups == 2 else 160, action="increase")
             my_rows = pl.ds(warpgroup * rows, rows)
 
-            @plgpu.nd_loop((tiles,), collective_axes=GRID)
+            @plgpu.nd_loop((clusters * column_tiles,), collective_axes=GRID)
             def _(info):
-                m0, n0 = origin(info)
+                at, n0 = origin(info)
                 first = info.local_index * steps
 
                 def accumulate(acc):
@@ -174,7 +195,7 @@ def matmul(
                 def w_scale(column, i):
                     """Scale of the weight block that holds a channel, at K step i."""
                     row = lax.min(lax.div(n0 + column, jnp.int32(block_n)), block_rows - 1)
-                    return gmem["w_blocks"][row, i * bk // block_k]
+                    return gmem["w_blocks"][at.expert * block_rows + row, i * bk // block_k]
 
                 def promote(i, totals):
                     s = slot(first + i, stages)
@@ -211,20 +232,31 @@ def matmul(
 
                 if epilogue.vectors:
                     plgpu.barrier_wait(tile_full)
+                my_row = warpgroup * rows
                 tile = [
-                    epilogue.apply(part, gmem, vectors, 0, {"m": warpgroup * rows, "n": j * piece})
+                    epilogue.apply(
+                        part,
+                        gmem,
+                        vectors,
+                        0,
+                        {"m": my_row, "n": j * piece, "expert": at.expert},
+                    )
                     for j, part in enumerate(tile)
                 ]
                 if epilogue.vectors:
                     release(tile_empty, interpret)
                 for count, (r, j) in enumerate(np.ndindex(rows // 64, c.bn // STAGE)):
                     part, column = divmod(j * STAGE, piece)
+                    block = tile[part][r * 64 : (r + 1) * 64, column : column + STAGE]
+                    first_row, first_column = at.first + my_row + r * 64, n0 + j * STAGE
+                    staging = o_sm.at[warpgroup, count % c.staging]
+                    if problem.experts:
+                        store_rows(block, staging, o_gm, first_row, first_column, at, interpret)
+                        continue
                     store_tile(
-                        tile[part][r * 64 : (r + 1) * 64, column : column + STAGE],
-                        o_sm.at[warpgroup, count % c.staging],
-                        o_gm.at[
-                            pl.ds(m0 + warpgroup * rows + r * 64, 64), pl.ds(n0 + j * STAGE, STAGE)
-                        ],
+                        block,
+                        staging,
+                        o_gm.at[pl.ds(first_row, 64), pl.ds(first_column, STAGE)],
                         pending=c.staging - 1,
                     )
 

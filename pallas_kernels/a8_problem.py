@@ -38,7 +38,8 @@ def epilogue_of(problem: Problem, *, transposed: bool) -> Epilogue:
     if problem.x_scale != "1x128":
         terms.append(Term("x_scale", "m" if problem.x_scale == "token" else "one", jnp.float32))
     if w_block(problem) is None:
-        terms.append(Term("w_scale", "n" if problem.w_scale == "channel" else "one", jnp.float32))
+        one = "expert" if problem.experts else "one"
+        terms.append(Term("w_scale", "n" if problem.w_scale == "channel" else one, jnp.float32))
     if problem.zero:
         terms.append(Term("x_zero", "m" if problem.zero == "token" else "one", jnp.int32))
         terms.append(Term("w_sum", "n", jnp.int32))
@@ -54,7 +55,8 @@ def operand_names(problem: Problem) -> tuple[str, ...]:
         names.append("x_groups")
     if w_block(problem):
         names.append("w_blocks")
-    return (*names, *(term.name for term in epilogue_of(problem, transposed=False).terms))
+    names += [term.name for term in epilogue_of(problem, transposed=False).terms]
+    return (*names, "tiles") if problem.experts else tuple(names)
 
 
 def accumulator_dtype(problem: Problem) -> jnp.dtype:

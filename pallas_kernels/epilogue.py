@@ -1,8 +1,9 @@
 """What happens to an accumulator after the last K step: zero points, scales, bias, rounding.
 
-Every operand of the epilogue is a vector along tokens, a vector along output channels, or one
-number.  Vectors travel through shared memory by TMA, which needs no bounds checks; single numbers
-are read where they are used, so that a per-tensor scale costs no launch to broadcast it.
+Every operand of the epilogue is a vector along tokens, a vector along output channels, one number
+or one number for each expert.  Vectors travel through shared memory by TMA, which needs no bounds
+checks; single numbers are read where they are used, so that a per-tensor scale costs no launch to
+broadcast it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.tiles import COLUMN, ROW, SMEM_ALIGNMENT, load, round_up
 
-Along = Literal["m", "n", "one"]
+Along = Literal["m", "n", "one", "expert"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Epilogue:
     @property
     def vectors(self) -> tuple[Term, ...]:
         """The terms that pass through shared memory."""
-        return tuple(term for term in self.terms if term.along != "one")
+        return tuple(term for term in self.terms if term.along in ("m", "n"))
 
     def scratch(self, slots: int, bm: int, bn: int) -> dict[str, Any]:
         """Return the shared memory of the vectors for tiles of bm tokens x bn channels."""
@@ -99,14 +100,14 @@ class Epilogue:
             refs: term name -> global memory.
             scratch: shared memory that `fetch` filled.
             slot: which buffer of each vector.
-            first: offset of this tile within the buffers.
+            first: offset of this tile within the buffers, and its expert.
         """
         present = {term.name: term for term in self.terms}
 
         def spread(name: str) -> jax.Array:
             term = present[name]
-            if term.along == "one":
-                return refs[name][0]
+            if term.along not in ("m", "n"):
+                return refs[name][first["expert"] if term.along == "expert" else 0]
             axis = int((term.along == "m") == self.transposed)
             part = pl.ds(first[term.along], tile.shape[axis])
             vector = load(scratch[f"{name}_sm"].at[slot, part], COLUMN if axis else ROW)

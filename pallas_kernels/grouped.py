@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 # TMA cuts activations in tiles of 8 rows, so that copies start at a multiple of 8.
 ROW_ALIGNMENT = 8
@@ -78,7 +79,8 @@ def tile_schedule(
 
 def read_tile(table: Any, index: Any) -> Tile:
     """Read a line of the table inside a kernel."""
-    return Tile(*(table[index, field] for field in range(4)))
+    expert, first, begin, end = (table[index, field] for field in range(4))
+    return Tile(expert, pl.multiple_of(first, ROW_ALIGNMENT), begin, end)
 
 
 def live_tiles(table: Any) -> Any:

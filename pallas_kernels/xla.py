@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.a8_problem import GROUP
+from pallas_kernels.grouped_a8 import grouped_a8_problem
 from pallas_kernels.matmul_a8 import a8_problem
 from pallas_kernels.problem import Config
 from pallas_kernels.quantize import LARGEST, TINY, Quantized, ScaleLayout, quantize_problem
@@ -73,6 +74,48 @@ def matmul_a8(
         y = y.astype(jnp.float32) * x_scale * w_scale.T
     if bias is not None:
         y = y + bias.astype(jnp.float32)
+    return y.astype(out_dtype)
+
+
+def grouped_matmul_a8(
+    x_q: jax.Array,
+    x_scale: jax.Array,
+    w: jax.Array,
+    w_scale: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    w_block: tuple[int, int] | None = None,
+    out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Multiply each expert's rows by its weights: y[r] = x[r] @ w[expert of r].T.
+
+    The contract is that of `pallas_kernels.grouped_matmul_a8`, without limits on N and K, and rows
+    of no expert are zero.  Products are of bfloat16 operands and added in float32.
+    """
+    del config, interpret
+    problem = grouped_a8_problem(
+        x_q, x_scale, w, w_scale, group_sizes, w_block=w_block, out_dtype=out_dtype
+    )
+    x, scaled = x_q.astype(jnp.float32), w.astype(jnp.float32)
+    if problem.x_scale == "1x128":
+        x = x * _spread(x_scale[:, : problem.m].T, (1, GROUP), x_q.shape)
+    if w_block is not None:
+        spread = jax.vmap(lambda scale: _spread(scale, w_block, w.shape[1:]))
+        scaled = scaled * spread(w_scale)
+    y = lax.ragged_dot(
+        x.astype(jnp.bfloat16),
+        scaled.astype(jnp.bfloat16).swapaxes(1, 2),
+        group_sizes,
+        preferred_element_type=jnp.float32,
+    )
+    if problem.x_scale != "1x128":
+        y = y * x_scale
+    if w_block is None:
+        experts = jnp.arange(problem.experts)
+        expert = jnp.repeat(experts, group_sizes, total_repeat_length=problem.m)
+        y = y * w_scale[expert, :, 0]
     return y.astype(out_dtype)
 
 

@@ -100,7 +100,7 @@ def line(row: Row) -> str:
         for name, clocks in row.get("ratios", {}).items()
     )
     return (
-        f"{row['op']:10} {row['shape']:16} {row['us']:9.2f} us (wall {row['wall_us']:9.2f}) "
+        f"{row['op']:17} {row['shape']:16} {row['us']:9.2f} us (wall {row['wall_us']:9.2f}) "
         f"{row['tflops']:7.1f} TFLOP/s {row['tb_s']:5.2f} TB/s "
         f"{100 * row['of_floor']:5.1f} % | {ratios} | {row['config']}"
     )
@@ -109,7 +109,8 @@ def line(row: Row) -> str:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--op", choices=[case.name for case in CASES], action="append")
+    names = sorted({name for case in CASES for name in (case.name, case.op)})
+    parser.add_argument("--op", choices=names, action="append", help="a case, or all of an op")
     parser.add_argument("--shape", action="append", help="MxNxK; all shapes when left out")
     parser.add_argument("--bars", action="store_true", help="the problems that a bar asks for")
     parser.add_argument("--json", type=Path, help="write limits, rows and standings to this file")
@@ -131,7 +132,7 @@ def main() -> None:
     problems = [
         (case, size)
         for case in CASES
-        if not arguments.op or case.name in arguments.op
+        if not arguments.op or {case.name, case.op} & set(arguments.op)
         for size in case.sizes
         if not arguments.shape or "x".join(map(str, size)) in arguments.shape
         if not arguments.bars or any(bar.asks(case.name, size) for bar in BARS)

@@ -36,13 +36,13 @@ class Bar:
     layer: tuple[int, int] | None = None
 
     def asks(self, op: str, size: tuple[int, int, int]) -> bool:
-        """Whether a problem counts; peers were asked for the tokens of `shapes.TOKENS` only."""
+        """Whether a problem counts; peers of dense ops were asked for `shapes.TOKENS` only."""
         m, n, k = size
         return (
             op in self.ops
             and self.tokens[0] <= m <= self.tokens[1]
             and self.layer in (None, (n, k))
-            and (self.quantity != "peer" or m in shapes.TOKENS)
+            and (self.quantity != "peer" or m in shapes.TOKENS or (n, k) in shapes.EXPERTS)
         )
 
 
@@ -51,6 +51,8 @@ BARS = (
     Bar("fp8 token x channel", ("fp8",), "peer", 1.05, 0.92),
     Bar("int8", ("int8",), "peer", 1.10, 0.92),
     Bar("fp8 block", ("fp8_block",), "peer", 1.00, 0.90),
+    Bar("grouped fp8 token x channel", ("grouped_fp8",), "peer", 1.05, 0.90),
+    Bar("grouped fp8 block", ("grouped_fp8_block",), "peer", 1.05, 0.90),
     Bar("W4A16 g128, M <= 16", ("w4a16",), "peer", 1.6, 1.4, (1, 16)),
     Bar("W4A16 28672x4096, M <= 8", ("w4a16",), "TB/s", None, 3.3, (1, 8), (28672, 4096)),
     Bar("W4A16 g128, M = 64", ("w4a16",), "peer", 1.5, 1.35, (64, 64)),

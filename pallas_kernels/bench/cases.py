@@ -13,6 +13,7 @@ from pallas_kernels.bench import shapes
 from pallas_kernels.bench.case import Case as Case
 from pallas_kernels.bench.case import Operands
 from pallas_kernels.bench.cases_a16 import CASES_A16
+from pallas_kernels.bench.cases_grouped import CASES_GROUPED
 from pallas_kernels.matmul_a8 import A8_KERNELS, a8_problem, matmul_a8
 from pallas_kernels.quantize import QUANTIZE_KERNELS, ScaleLayout, quantize, quantize_problem
 
@@ -114,4 +115,5 @@ CASES: tuple[Case, ...] = (
     _quantize_case("quantize_token_gated", "token", "gated", ()),
     _quantize_case("quantize_1x128_gated", "1x128", "gated", ("vllm gated fp8 1x128",)),
     *CASES_A16,
+    *CASES_GROUPED,
 )

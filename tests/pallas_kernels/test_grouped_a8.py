@@ -1,0 +1,159 @@
+"""grouped_matmul_a8 against float64: under the interpreter, as XLA, and lowered to CUDA."""
+
+import dataclasses
+import sys
+
+import jax
+import numpy as np
+import oracle
+import pytest
+from a8_cases import Case
+from grouped_a8_cases import LAYOUTS, GroupedCase
+
+from pallas_kernels import KernelError, xla
+from pallas_kernels.a8_configs import DecodeConfig, PrefillConfig
+from pallas_kernels.grouped_a8 import GROUPED_A8_KERNELS, grouped_a8_problem, grouped_matmul_a8
+from pallas_kernels.problem import H200
+
+SMALL = Case(0, n=128, k=256)
+BLOCKED = Case(0, n=128, k=256, x_scale="1x128", w_scale="128x128")
+DECODE = DecodeConfig(bm=16, stages=3, split=1)
+PREFILL = PrefillConfig(bn=128, stages=3)
+
+
+def structs(case: GroupedCase) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the operands' types alone."""
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in case.shapes().items()
+    }
+
+
+def tolerance(case: GroupedCase) -> float:
+    """Bound of the relative error: twice what rounding the exact result makes."""
+    return 2 * oracle.rounding(case.case.out)
+
+
+@pytest.fixture
+def two_blocks(monkeypatch) -> None:
+    """Pretend that the GPU has two SMs, so that blocks make many tiles and meet at their edges."""
+    module = sys.modules["pallas_kernels.matmul_a8"]
+    monkeypatch.setattr(module, "current_device", lambda: dataclasses.replace(H200, sms=2))
+    grouped_matmul_a8.clear_cache()
+    yield
+    grouped_matmul_a8.clear_cache()
+
+
+@pytest.mark.interpret
+@pytest.mark.usefixtures("two_blocks")
+@pytest.mark.parametrize("config", [DECODE, PREFILL], ids=["decode", "prefill"])
+@pytest.mark.parametrize("case", [SMALL, BLOCKED], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(1,), (0, 3, 0, 5, 1, 0), (13, 0, 77, 2)], ids=["one row", "few", "skewed"]
+)
+def test_each_row_meets_its_expert(interpret, sizes, case, config):
+    case = GroupedCase(sizes, case)
+    if case.rows < 8 and config == DECODE:
+        config = dataclasses.replace(DECODE, bm=8)
+    operands = case.operands()
+    got = interpret(grouped_matmul_a8, **operands, **case.options, config=config)
+    assert oracle.relative_error(got, case.expected(operands)) < tolerance(case)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("config", [DECODE, PREFILL], ids=["decode", "prefill"])
+@pytest.mark.parametrize("case", LAYOUTS[1:], ids=str)
+def test_every_layout(interpret, case, config):
+    case = dataclasses.replace(case, n=128, k=min(case.k, 256))
+    if case.x_scale == "tensor":
+        case = dataclasses.replace(case, n=64)
+        config = dataclasses.replace(config, **({"bn": 64} if config == PREFILL else {}))
+    case = GroupedCase((5, 0, 9), case)
+    operands = case.operands()
+    got = interpret(grouped_matmul_a8, **operands, **case.options, config=config)
+    assert oracle.relative_error(got, case.expected(operands)) < tolerance(case)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("config", [DECODE, PREFILL], ids=["decode", "prefill"])
+def test_rows_of_no_expert_are_left_alone(interpret, config):
+    """No tile at all, and rows beyond the last group: nobody waits for work that does not come."""
+    case = GroupedCase((3, 6), SMALL)
+    operands = case.operands()
+    for sizes in ((0, 0), (3, 2)):
+        given = {**operands, "group_sizes": np.array(sizes, np.int32)}
+        got = interpret(grouped_matmul_a8, **given, **case.options, config=config)
+        live = sum(sizes)
+        expected = case.expected(operands)[:live]
+        assert live == 0 or oracle.relative_error(got[:live], expected) < tolerance(case)
+
+
+@pytest.mark.parametrize("case", LAYOUTS, ids=str)
+def test_xla_computes_the_same(case):
+    case = GroupedCase((5, 0, 1, 70, 0, 9), case)
+    operands = case.operands()
+    got = xla.grouped_matmul_a8(**operands, **case.options)
+    # Scales along K round both operands to bfloat16 first.
+    assert oracle.relative_error(got, case.expected(operands)) < 3 * oracle.rounding("bfloat16")
+
+
+@pytest.mark.parametrize("wrong", ["x_scale", "w_scale", "group_sizes"])
+@pytest.mark.parametrize("case", [SMALL, BLOCKED], ids=str)
+def test_a_wrong_operand_is_noticed(case, wrong):
+    """Negative control: one row given to the neighbour, or another's scales, must show."""
+    case = GroupedCase((5, 0, 6, 70), case)
+    operands = case.operands()
+    expected = case.expected(operands)
+    if wrong == "group_sizes":
+        operands[wrong] = operands[wrong] + np.array([1, 0, 0, -1], np.int32)
+    else:
+        axis = 1 if (wrong, case.case.x_scale) == ("x_scale", "1x128") else 0
+        operands[wrong] = np.roll(operands[wrong], 1, axis=axis)
+    got = xla.grouped_matmul_a8(**operands, **case.options)
+    assert oracle.relative_error(got, expected) > 4 * tolerance(case)
+
+
+def lowered(lower, case: GroupedCase, config=None) -> None:
+    def call(operands):
+        return grouped_matmul_a8(**operands, **case.options, config=config)
+
+    assert "mosaic_gpu" in lower(call, structs(case))
+
+
+@pytest.mark.parametrize("sizes", [(1,), (2,) * 8, (130,) * 4], ids=str)
+@pytest.mark.parametrize("case", LAYOUTS, ids=str)
+def test_every_layout_lowers_to_cuda(lower, case, sizes):
+    lowered(lower, GroupedCase(sizes, case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LAYOUTS[:3], ids=str)
+@pytest.mark.parametrize("rows", [1, 8, 64, 256])
+def test_every_candidate_lowers_to_cuda(lower, case, rows):
+    case = GroupedCase((rows,) * 128, dataclasses.replace(case, n=3072, k=4096))
+    problem = grouped_a8_problem(**structs(case), **case.options)
+    for kernel in GROUPED_A8_KERNELS:
+        if kernel.accepts(problem) is None:
+            for config in kernel.candidates(problem):
+                lowered(lower, case, config)
+
+
+def test_refusals_name_every_kernel():
+    with pytest.raises(KernelError) as error:
+        grouped_matmul_a8(**GroupedCase((3, 4), Case(0, n=100)).operands())
+    assert set(error.value.reasons) == {kernel.name for kernel in GROUPED_A8_KERNELS}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("group_sizes", np.ones(3, np.int32)),
+        ("group_sizes", np.ones(2, np.float32)),
+        ("w_scale", np.ones((3, 128, 1), np.float32)),
+        ("w", np.ones((128, 256), np.int8)),
+        ("x_scale", np.ones((5, 1), np.float32)),
+    ],
+)
+def test_operands_that_break_the_contract(name, value):
+    operands = GroupedCase((3, 4), SMALL).operands()
+    with pytest.raises(KernelError, match=name):
+        grouped_matmul_a8(**{**operands, name: value})
