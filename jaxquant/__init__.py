@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from jaxquant.nn import QWeight as QWeight
     from jaxquant.nn.prepare import prepare_model as prepare_model
     from jaxquant.nn.quantize import quantize_model as quantize_model
+    from jaxquant.nn.stack import stack_layers as stack_layers
+    from jaxquant.nn.stack import unstack_layers as unstack_layers
     from jaxquant.ops import Backend as Backend
     from jaxquant.ops import backend as backend
     from jaxquant.ops import grouped_matmul as grouped_matmul
@@ -66,6 +68,7 @@ _HOMES = {
     "jaxquant.nn": ("Linear", "QWeight"),
     "jaxquant.nn.prepare": ("prepare_model",),
     "jaxquant.nn.quantize": ("quantize_model",),
+    "jaxquant.nn.stack": ("stack_layers", "unstack_layers"),
     "jaxquant.ops": ("Backend", "backend", "grouped_matmul", "matmul"),
     "jaxquant.transforms.experts": ("bank_experts", "plan_experts"),
     "jaxquant.transforms.numeric": ("dequantize", "quantize"),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 from flax import nnx
 
 from jaxquant.arrays.bank import ExpertBank
 from jaxquant.arrays.qtensor import QTensor
+from jaxquant.nn.stack import unstack_layers
 from jaxquant.ops.prepared import Prepared
 from jaxquant.ops.select import Choice, explain_grouped, explain_matmul
 
@@ -80,7 +82,10 @@ def explain(model_or_q: Any, batch: int = 1) -> Explanation:
     if isinstance(model_or_q, QTensor | Prepared):
         return Explanation((_row("", model_or_q, explain_matmul(model_or_q, batch)),), batch)
     rows: list[Row] = []
-    for path, variable in nnx.to_flat_state(nnx.state(model_or_q)):
+    graph, state = nnx.split(model_or_q)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    model = unstack_layers(nnx.merge(graph, shapes))
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
         name, value = ".".join(map(str, path)), variable.get_value()
         if isinstance(value, QTensor | Prepared):
             rows.append(_row(name, value, explain_matmul(value, batch)))

@@ -18,7 +18,7 @@ from jaxquant.arrays.qtensor import QTensor
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Bank positions ``start`` to ``stop`` (exclusive), all of one layout."""
+    """Positions ``start`` to ``stop`` (exclusive) of experts or layers that are all alike."""
 
     start: int
     stop: int
@@ -93,3 +93,30 @@ class ExpertBank:
             for run, part in zip(self.runs, self.parts, strict=True)
         )
         return f"ExpertBank({runs})"
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("stack", "layer"), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class StackedBank:
+    """One layer's bank inside a stack of layers, not cut out of it.
+
+    A bank is large and a pass over few tokens reads few of its experts: a loop over layers that
+    sliced each layer's bank would copy all of them.  Reading expert ``e`` of layer ``l`` is one
+    slice of the stack instead.
+
+    Attributes:
+        stack: the banks of all layers, every leaf ``[layer, position, ...]``.
+        layer: int32, which one this is.
+    """
+
+    stack: ExpertBank
+    layer: jax.Array
+
+    @property
+    def experts(self) -> int:
+        """Number of bank positions of one device."""
+        return self.stack.experts
+
+    def cut(self) -> ExpertBank:
+        """The layer's own bank, a copy."""
+        return jax.tree.map(lambda leaf: leaf[self.layer], self.stack)

@@ -26,6 +26,7 @@ from jaxquant.errors import FormatError
 from jaxquant.models import CausalLM, build_model
 from jaxquant.nn.moe import Experts
 from jaxquant.nn.prepare import unprepare_model
+from jaxquant.nn.stack import unstack_layers
 
 LAYOUTS_FILE = "layouts.json"
 ARRAYS_FOLDER = "arrays"
@@ -100,6 +101,7 @@ def _variables(model: CausalLM) -> dict[str, Any]:
 def save_pretrained(model: CausalLM, path: str | Path) -> None:
     """Write a model so that :func:`jaxquant.from_pretrained` restores it exactly.
 
+    Layers are written one by one, stacked or not, so that either form can be restored.
     Everything is written to a temporary directory beside ``path``, which is renamed at the end.
 
     Args:
@@ -116,7 +118,7 @@ def save_pretrained(model: CausalLM, path: str | Path) -> None:
             str(path), "it exists", "nothing is overwritten", "choose another directory"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    model = unprepare_model(model)
+    model = unstack_layers(unprepare_model(model))
     weights, arrays = describe(model)
     table: list[Any] = []
     index: dict[str, int] = {}

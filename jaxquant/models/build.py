@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxquant.arrays.bank import Run
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.errors import ConfigError
 from jaxquant.models.config import ModelConfig
@@ -17,6 +18,7 @@ from jaxquant.nn.attention import Attention, Heads
 from jaxquant.nn.basic import MLP, Embedding, RMSNorm
 from jaxquant.nn.mla import LatentAttention
 from jaxquant.nn.moe import PROJECTIONS, Experts, MoE, Router
+from jaxquant.nn.stack import is_stack, layer_runs, stack_layers, stack_run
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -30,6 +32,8 @@ def build_model(
     load: Load | None = None,
     place: Place | None = None,
     devices: int = 1,
+    scan_layers: bool = False,
+    finish: Callable[[DecoderLayer], DecoderLayer] | None = None,
 ) -> CausalLM:
     """Build a model from weights by module path and arrays by tensor name.
 
@@ -50,6 +54,9 @@ def build_model(
         place: ``place(path, leaf)`` becomes the model's leaf; banks come whole, as
             ``...mlp.experts.gate_proj``.  By default arrays go to the default device.
         devices: ways of expert parallelism that banks are laid out for.
+        scan_layers: stack runs of equal layers (see :mod:`jaxquant.nn.stack`) while loading, so
+            that one layer, not the model, is in memory twice.
+        finish: what becomes of each loaded layer, before it is stacked.
     Raises:
         PlanError: names missing, left over, or of another shape than the config says; every one.
         ConfigError: ``dtype`` is not one to compute in.
@@ -63,9 +70,11 @@ def build_model(
     source.finish(config.num_layers)
     if load is None:
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((weights, arrays))):
-            return model
+            return stack_layers(model) if scan_layers else model
         load = {**arrays, **weights}.__getitem__
-    return _Builder(config, Source(described, shapes, load, place, devices), dtype).model()
+    runs = layer_runs(model.model.layers) if scan_layers else None
+    source = Source(described, shapes, load, place, devices)
+    return _Builder(config, source, dtype, runs, finish).model()
 
 
 def required_tensors(
@@ -85,18 +94,27 @@ def required_tensors(
 class _Builder:
     """One pass over the module tree."""
 
-    def __init__(self, config: ModelConfig, source: Source, dtype: Any) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        source: Source,
+        dtype: Any,
+        runs: Sequence[Run] | None = None,
+        finish: Callable[[DecoderLayer], DecoderLayer] | None = None,
+    ) -> None:
         self.config = config
         self.source = source
         self.dtype = dtype
+        self.runs = runs or tuple(Run(i, i + 1) for i in range(config.num_layers))
+        self.finish = finish
 
     def model(self) -> CausalLM:
         config, source = self.config, self.source
         size = (config.vocab_size, config.hidden_size)
         table = source.array("model.embed_tokens.weight", size, "vocab_size, hidden_size")
-        layers = [self._layer(f"model.layers.{i}", i) for i in range(config.num_layers)]
+        layers = list(map(self._run, self.runs))
         norm = self._norm("model.norm", config.hidden_size)
-        decoder = Decoder(Embedding(table, self.dtype), layers, norm, config)
+        decoder = Decoder(Embedding(table, self.dtype), layers, norm, config, self.runs)
         head = None
         if not config.tied or source.has("lm_head"):
             head = source.linear("lm_head", *size, why="vocab_size, hidden_size")
@@ -106,12 +124,17 @@ class _Builder:
         weight = self.source.array(f"{path}.weight", (features,))
         return RMSNorm(weight, self.config.norm_epsilon)
 
+    def _run(self, run: Run) -> DecoderLayer:
+        """The layers of a run, each made when it is asked for."""
+        layers = (self._layer(f"model.layers.{i}", i) for i in range(run.start, run.stop))
+        return stack_run(layers, run.stop - run.start) if is_stack(run) else next(layers)
+
     def _layer(self, path: str, index: int) -> DecoderLayer:
         config = self.config
         self.source.layer(path)
         attention = self._latent if config.latent is not None else self._attention
         sparse = config.moe_layers[index]
-        return DecoderLayer(
+        layer = DecoderLayer(
             self._norm(f"{path}.input_layernorm", config.hidden_size),
             attention(f"{path}.self_attn", index),
             self._norm(f"{path}.post_attention_layernorm", config.hidden_size),
@@ -119,6 +142,7 @@ class _Builder:
             if sparse
             else self._mlp(f"{path}.mlp", config.intermediate_size),
         )
+        return layer if self.finish is None else self.finish(layer)
 
     def _mlp(self, path: str, inner: int) -> MLP:
         hidden, bias, linear = self.config.hidden_size, self.config.mlp_bias, self.source.linear

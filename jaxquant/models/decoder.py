@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxquant.arrays.bank import ExpertBank
+from jaxquant.arrays.bank import ExpertBank, Run
+from jaxquant.arrays.qtensor import QTensor
 from jaxquant.models.config import ModelConfig
 from jaxquant.nn.attention import Attention, Entries, Step
 from jaxquant.nn.basic import MLP, Embedding, RMSNorm
-from jaxquant.nn.cache import Cache
+from jaxquant.nn.cache import Cache, Slot
 from jaxquant.nn.linear import Linear
 from jaxquant.nn.mla import LatentAttention
 from jaxquant.nn.moe import MoE
+from jaxquant.nn.stack import Layers, is_stack, scan_run
 
 
 class DecoderLayer(nnx.Module):
@@ -56,18 +59,20 @@ def _layer(
     return nnx.merge(graph, state)(x, step, cache)
 
 
-class Decoder(nnx.Module):
-    """Embedding, layers, final norm."""
+class Decoder(Layers):
+    """Embedding, layers (see :class:`jaxquant.nn.stack.Layers`), final norm."""
 
     def __init__(
         self,
         embed_tokens: Embedding,
-        layers: list[DecoderLayer],
+        layers: Sequence[DecoderLayer],
         norm: RMSNorm,
         config: ModelConfig,
+        runs: Sequence[Run] | None = None,
     ) -> None:
+        super().__init__(layers, runs)
+        self.layers: nnx.List[DecoderLayer]
         self.embed_tokens = embed_tokens
-        self.layers = nnx.List(layers)
         self.norm = norm
         self.config = config
 
@@ -77,12 +82,40 @@ class Decoder(nnx.Module):
         """``[batch, token]`` int32 to hidden states ``[batch, token, hidden]`` and the cache."""
         x = self.embed_tokens(input_ids)
         step = Step.at(self.config.rope, positions)
-        entries = []
-        for i, layer in enumerate(self.layers):
-            graph, state = nnx.split(layer)
-            x, entry = _layer(graph, state, x, step, None if cache is None else cache.layers[i])
-            entries.append(entry)
+        entries: list[Any] = [None] * len(self.runs) if cache is None else list(cache.layers)
+        for i, (run, layer) in enumerate(zip(self.runs, self.layers, strict=True)):
+            if is_stack(run):
+                x, entries[i] = scan_run(_stacked_layer(step), layer, (x, entries[i]))
+            else:
+                x, entries[i] = _layer(*nnx.split(layer), x, step, entries[i])
         return self.norm(x), None if cache is None else Cache(tuple(entries))
+
+    def empty_cache(self, batch: int, capacity: int, dtype: Any) -> Cache:
+        """A cache for ``batch`` rows of up to ``capacity`` positions."""
+
+        def entries(graph: Any, state: Any) -> tuple[QTensor, QTensor]:
+            return nnx.merge(graph, state).empty_cache(batch, capacity, dtype)
+
+        layers: list[tuple[QTensor, QTensor]] = []
+        for run, layer in zip(self.runs, self.layers, strict=True):
+            graph, state = nnx.split(layer.self_attn)
+            one = functools.partial(entries, graph)
+            layers.append((jax.vmap(one) if is_stack(run) else one)(state))
+        return Cache(tuple(layers))
+
+
+def _stacked_layer(step: Step) -> Any:
+    """One layer of a stack as the body of :func:`jaxquant.nn.stack.scan_run`."""
+
+    def body(graph: Any, state: Any, index: jax.Array, carry: Any) -> Any:
+        x, stacks = carry
+        if stacks is None:
+            return _layer(graph, state, x, step, None)[0], None
+        slots = tuple(Slot(stack, index) for stack in stacks)
+        x, slots = _layer(graph, state, x, step, slots)
+        return x, tuple(slot.stack for slot in slots)
+
+    return body
 
 
 class CausalLM(nnx.Module):
@@ -143,10 +176,7 @@ class CausalLM(nnx.Module):
 
     def empty_cache(self, batch: int, capacity: int) -> Cache:
         """A cache for ``batch`` rows of up to ``capacity`` positions."""
-        layers = self.model.layers
-        return Cache(
-            tuple(layer.self_attn.empty_cache(batch, capacity, self.dtype) for layer in layers)
-        )
+        return self.model.empty_cache(batch, capacity, self.dtype)
 
     def step(
         self,

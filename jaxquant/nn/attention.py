@@ -13,14 +13,14 @@ from jax import lax
 
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.nn.basic import RMSNorm
-from jaxquant.nn.cache import empty_entry, read, write
+from jaxquant.nn.cache import Slot, empty_entry, read, write
 from jaxquant.nn.linear import Buffer, Linear
 from jaxquant.nn.rope import Rope, rotate, rotation
 
 MASKED = -1e30
 QUERY_BLOCK = 512
 
-Entries = tuple[QTensor, QTensor]
+Entries = tuple[QTensor | Slot, QTensor | Slot]
 
 
 @functools.partial(
@@ -156,7 +156,7 @@ class Attention(nnx.Module):
         self.heads = heads
         self.rope = rope
 
-    def empty_cache(self, batch: int, capacity: int, dtype: Any) -> Entries:
+    def empty_cache(self, batch: int, capacity: int, dtype: Any) -> tuple[QTensor, QTensor]:
         """Empty keys and values for ``capacity`` positions."""
         k_scale, v_scale = (
             None if scale is None else scale.get_value().reshape(-1)

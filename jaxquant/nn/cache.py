@@ -18,6 +18,7 @@ from jaxquant.arrays.codes import CODES
 from jaxquant.arrays.layout import WHOLE, Layout
 from jaxquant.arrays.qtensor import QTensor, dense
 from jaxquant.transforms.numeric import dequantize, encode_values
+from jaxquant.transforms.structure import index_lead
 
 AXES = ("token", "head", "dim")
 
@@ -29,7 +30,8 @@ class Cache:
 
     Attributes:
         layers: for each layer its two entries ``[batch, token, head, dim]``: keys and values, or
-            with latent attention the compressed latent and the rotary key (one head each).
+            with latent attention the compressed latent and the rotary key (one head each).  A stack
+            of layers has one pair of entries, ``[layer, batch, token, head, dim]``.
     """
 
     layers: tuple[tuple[QTensor, QTensor], ...]
@@ -38,6 +40,29 @@ class Cache:
     def capacity(self) -> int:
         """Positions that fit."""
         return self.layers[0][0].extent("token")
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("stack", "layer"), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """One layer's entry inside the entry of a stack of layers, written in place.
+
+    Attributes:
+        stack: ``[layer, batch, token, head, dim]``.
+        layer: int32, which one this is.
+    """
+
+    stack: QTensor
+    layer: jax.Array
+
+    @property
+    def entry(self) -> QTensor:
+        """The layer's own entry."""
+        return index_lead(self.stack, self.layer)
+
+    def extent(self, axis: str) -> int:
+        """Elements along a named axis."""
+        return self.stack.extent(axis)
 
 
 def empty_entry(
@@ -71,7 +96,7 @@ def encode_entry(entry: QTensor, values: jax.Array) -> jax.Array:
     return encode_values(values.astype(jnp.float32) / entry.scales[0], entry.layout.code)
 
 
-def write(entry: QTensor, values: jax.Array, positions: jax.Array) -> QTensor:
+def write(entry: QTensor | Slot, values: jax.Array, positions: jax.Array) -> QTensor | Slot:
     """Return ``entry`` with the rows at ``positions`` replaced.
 
     Args:
@@ -80,10 +105,15 @@ def write(entry: QTensor, values: jax.Array, positions: jax.Array) -> QTensor:
         positions: int32 ``[batch, token]``; those past the capacity are dropped.
     """
     rows = jnp.arange(positions.shape[0], dtype=positions.dtype)[:, None]
+    if isinstance(entry, Slot):
+        new, where = encode_entry(entry.entry, values), (entry.layer, rows, positions)
+        codes = entry.stack.data[0].at[where].set(new, mode="drop")
+        return dataclasses.replace(entry, stack=dataclasses.replace(entry.stack, data=(codes,)))
     codes = entry.data[0].at[rows, positions].set(encode_entry(entry, values), mode="drop")
     return dataclasses.replace(entry, data=(codes,))
 
 
-def read(entry: QTensor, dtype: Any) -> jax.Array:
+def read(entry: QTensor | Slot, dtype: Any) -> jax.Array:
     """All rows ``[batch, capacity, head, dim]`` in ``dtype``."""
-    return dequantize(entry, dtype, axes=AXES)
+    own = entry.entry if isinstance(entry, Slot) else entry
+    return dequantize(own, dtype, axes=AXES)

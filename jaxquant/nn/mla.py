@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxquant.arrays.qtensor import QTensor
 from jaxquant.nn.attention import Entries, Step, attend, einsum, probabilities
 from jaxquant.nn.basic import RMSNorm
 from jaxquant.nn.cache import empty_entry, read, write
@@ -76,7 +77,7 @@ class LatentAttention(nnx.Module):
         self.heads = heads
         self.rope = rope
 
-    def empty_cache(self, batch: int, capacity: int, dtype: Any) -> Entries:
+    def empty_cache(self, batch: int, capacity: int, dtype: Any) -> tuple[QTensor, QTensor]:
         """Empty latents and rotary keys for ``capacity`` positions."""
         return (
             empty_entry(batch, capacity, 1, self.heads.latent, dtype),

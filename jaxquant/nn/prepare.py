@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TypeVar
 
+import jax
 from flax import nnx
 
 from jaxquant.arrays.qtensor import QTensor
@@ -41,5 +42,6 @@ def unprepare_model(model: Model) -> Model:
     plain = nnx.clone(model)
     for _, node in nnx.iter_graph(plain):
         if isinstance(node, Linear) and isinstance(node.weight.get_value(), Prepared):
-            node.weight.set_value(unprepare(node.weight.get_value()))
+            value = node.weight.get_value()
+            node.weight.set_value((jax.vmap(unprepare) if value.lead else unprepare)(value))
     return plain

@@ -16,6 +16,7 @@ from jaxquant.arrays.scheme import Scheme
 from jaxquant.errors import ConfigError
 from jaxquant.nn.linear import Linear, QWeight
 from jaxquant.nn.moe import PROJECTIONS, Experts
+from jaxquant.nn.stack import stack_layers, unstack_layers
 from jaxquant.transforms.experts import bank_experts, expert_weight, plan_experts
 from jaxquant.transforms.numeric import dequantize, quantize
 from jaxquant.transforms.structure import to_axes
@@ -50,7 +51,8 @@ def quantize_model(model: M, rules: Mapping[str, Scheme | str | None]) -> M:
             layer that is quantized already or cannot be (LinearGeneral, Einsum, a subclass).
     """
     chooser = _Rules(rules)
-    copy = nnx.clone(model)
+    plain = unstack_layers(model)
+    copy = nnx.clone(plain)
     if _is_linear(copy):
         raise ConfigError("quantize_model", "a single layer", "a model that contains layers")
     # The walk is finished before anything is replaced: replacing changes what it walks over.
@@ -66,7 +68,7 @@ def quantize_model(model: M, rules: Mapping[str, Scheme | str | None]) -> M:
             for place in same:
                 _set(place.parent, place.name, new)
     chooser.finish()
-    return copy
+    return copy if plain is model else stack_layers(copy)
 
 
 class _Rules:

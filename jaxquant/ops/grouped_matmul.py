@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import jax
 
-from jaxquant.arrays.bank import ExpertBank
+from jaxquant.arrays.bank import ExpertBank, StackedBank
 from jaxquant.errors import LayoutError
 from jaxquant.ops.backend import Backend, resolve
-from jaxquant.ops.select import run_grouped_matmul
+from jaxquant.ops.grouped_xla import grouped_matmul_xla
+from jaxquant.ops.select import has_gpu, run_grouped_matmul
 
 
 def grouped_matmul(
-    x: jax.Array, bank: ExpertBank, group_sizes: jax.Array, *, backend: Backend | None = None
+    x: jax.Array,
+    bank: ExpertBank | StackedBank,
+    group_sizes: jax.Array,
+    *,
+    backend: Backend | None = None,
 ) -> jax.Array:
     """Multiply each group of rows with its own expert.
 
     Args:
         x: ``[rows, in]``, sorted by bank position.
-        bank: experts in bank order, each in its own layout.
+        bank: experts in bank order, each in its own layout; inside a loop over layers, the stack
+            of all layers' banks and the layer.
         group_sizes: ``[experts]`` int32 rows per bank position; they add up to ``rows``.
         backend: as for :func:`jaxquant.matmul`.
     Returns:
@@ -26,7 +32,8 @@ def grouped_matmul(
         LayoutError: shapes do not fit.
         KernelError: "pallas" or "interpret" was asked for and no kernel takes the problem.
     """
-    inn = bank.parts[0].extent("in")
+    parts = bank.stack.parts if isinstance(bank, StackedBank) else bank.parts
+    inn = parts[0].extent("in")
     if x.ndim != 2 or x.shape[-1] != inn:
         raise LayoutError("grouped_matmul", f"x of shape {x.shape}", f"[rows, {inn}] is needed")
     if group_sizes.shape != (bank.experts,):
@@ -35,4 +42,9 @@ def grouped_matmul(
             f"group_sizes of shape {group_sizes.shape}",
             f"one size for each of {bank.experts} experts",
         )
-    return run_grouped_matmul(x, bank, group_sizes, resolve(backend))
+    chosen = resolve(backend)
+    if isinstance(bank, StackedBank):
+        if chosen == "xla" or (chosen == "auto" and not has_gpu()):
+            return grouped_matmul_xla(x, bank, group_sizes)
+        bank = bank.cut()
+    return run_grouped_matmul(x, bank, group_sizes, chosen)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.arrays.bank import ExpertBank
+from jaxquant.arrays.bank import ExpertBank, StackedBank
 from jaxquant.ops.matmul_xla import matmul_xla
 from jaxquant.transforms.structure import index_lead
 
@@ -24,8 +24,13 @@ def _tile_rows(rows: int, experts: int) -> int:
     return min(MAX_TILE, max(8, 1 << (mean - 1).bit_length()))
 
 
-def grouped_matmul_xla(x: jax.Array, bank: ExpertBank, group_sizes: jax.Array) -> jax.Array:
+def grouped_matmul_xla(
+    x: jax.Array, bank: ExpertBank | StackedBank, group_sizes: jax.Array
+) -> jax.Array:
     """``[rows, in] x bank -> [rows, out]``; contract of ``jaxquant.grouped_matmul``."""
+    layer: tuple[jax.Array, ...] = ()
+    if isinstance(bank, StackedBank):
+        layer, bank = (bank.layer,), bank.stack
     rows = x.shape[0]
     out = bank.parts[0].extent("out")
     tile = _tile_rows(rows, bank.experts)
@@ -44,7 +49,9 @@ def grouped_matmul_xla(x: jax.Array, bank: ExpertBank, group_sizes: jax.Array) -
             expert = jnp.searchsorted(last_tile, i, side="right")
             within = i - (last_tile[expert] - tiles[expert])
             row = first[expert] + within * tile
-            y = matmul_xla(lax.dynamic_slice_in_dim(padded, row, tile), index_lead(part, expert))
+            # Layer and expert in one slice: an inner loop over a layer's slice would copy its bank.
+            weight = index_lead(part, (*layer, expert))
+            y = matmul_xla(lax.dynamic_slice_in_dim(padded, row, tile), weight)
             mine = jnp.arange(tile) < sizes[expert] - within * tile
             old = lax.dynamic_slice_in_dim(acc, row, tile)
             return lax.dynamic_update_slice_in_dim(acc, jnp.where(mine[:, None], y, old), row, 0)

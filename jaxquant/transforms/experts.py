@@ -49,7 +49,8 @@ def _snake(classes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     return ordered
 
 
-def _runs(keys: Sequence[Hashable]) -> tuple[Run, ...]:
+def equal_runs(keys: Sequence[Any]) -> tuple[Run, ...]:
+    """The ranges of equal neighbours: runs of experts in a bank, of layers in a model."""
     runs, start = [], 0
     for _, group in itertools.groupby(keys):
         stop = start + sum(1 for _ in group)
@@ -99,7 +100,7 @@ def plan_experts(
             ghosts += range(len(order) + len(dealt), len(order) + share)
             order += dealt + [members[key][0]] * missing
     local = order[: len(order) // devices]
-    runs = tuple(_runs([column[expert] for expert in local]) for column in columns)
+    runs = tuple(equal_runs([column[expert] for expert in local]) for column in columns)
     return ExpertPlan(tuple(order), runs, tuple(ghosts), devices)
 
 

@@ -12,7 +12,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxquant.arrays.layout import WHOLE, Grid, cells
 from jaxquant.arrays.qtensor import QTensor
@@ -147,9 +150,31 @@ def unstack(q: QTensor) -> list[QTensor]:
     return [index_lead(q, i) for i in range(q.lead[0])]
 
 
+def take_lead(leaf: Any, index: Any) -> Any:
+    """``leaf[index]`` of leading axes, cheap also where a loop does it over and over.
+
+    The CPU compiler widens the floats that it cannot slice, bfloat16 and those of 8 bits, and moves
+    that out of the loop: it then converts the whole array for the one entry that is read.  There
+    the same bits are sliced as integers.
+    """
+    narrow = isinstance(leaf, jax.core.Tracer) and str(leaf.dtype).startswith(
+        ("bfloat16", "float8")
+    )
+    if not narrow:
+        return leaf[index]
+    bits = jnp.uint8 if leaf.dtype.itemsize == 1 else jnp.uint16
+
+    def as_bits(leaf: jax.Array, index: Any) -> jax.Array:
+        # Tied to the index, the view as integers stays in the loop, where it is no copy.
+        leaf, index = lax.optimization_barrier((leaf, index))
+        return lax.bitcast_convert_type(lax.bitcast_convert_type(leaf, bits)[index], leaf.dtype)
+
+    return lax.platform_dependent(leaf, index, cpu=as_bits, default=lambda x, i: x[i])
+
+
 def index_lead(q: QTensor, index: Any) -> QTensor:
-    """Index the first leading axis of every leaf, with an integer, a slice or an index array."""
-    picked = q.map(lambda leaf, _: leaf[index])
+    """Index leading axes of every leaf: by an integer, a slice, an index array or a tuple."""
+    picked = q.map(lambda leaf, _: take_lead(leaf, index))
     return picked if q.perm is None else dataclasses.replace(picked, perm=q.perm[index])
 
 
