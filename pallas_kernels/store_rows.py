@@ -58,7 +58,7 @@ def _device_store(rows: int, dtype: Any) -> Any:
                 arith.cmpi(arith.CmpIPredicate.sge, at_row, begin),
                 arith.cmpi(arith.CmpIPredicate.slt, at_row, end),
             )
-            if rows * _CHUNKS < 128:
+            if (i + 1) * 128 > rows * _CHUNKS:  # threads of the last turn beyond the tile
                 inside = arith.cmpi(arith.CmpIPredicate.ult, local, const(rows))
                 mine = arith.andi(mine, inside)
             with mgpu.when(mine):
