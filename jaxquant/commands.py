@@ -60,9 +60,7 @@ def convert(arguments: argparse.Namespace) -> None:
         raise FormatError(str(destination), "it exists", "nothing is overwritten")
     if arguments.scheme:
         jq.Scheme.parse(arguments.scheme)
-    model = jq.from_pretrained(
-        arguments.source, plan=arguments.plan, dtype=_dtype(arguments.dtype), scan_layers=False
-    )
+    model = jq.from_pretrained(arguments.source, plan=arguments.plan, dtype=_dtype(arguments.dtype))
     if arguments.scheme:
         model = jq.quantize_model(model, {r"model\.layers\..*": arguments.scheme})
     jq.save_pretrained(model, destination)

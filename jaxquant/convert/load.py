@@ -24,16 +24,14 @@ from jaxquant.convert.report import make_report
 from jaxquant.convert.save import is_saved, load_saved
 from jaxquant.convert.source import Item, open_source
 from jaxquant.errors import ConfigError
-from jaxquant.models import CausalLM, ModelConfig, build_model
+from jaxquant.models import CausalLM, build_model
 from jaxquant.nn.prepare import prepare_model
 from jaxquant.nn.stack import stack_layers
-from jaxquant.ops.select import has_gpu, has_kernels
+from jaxquant.ops.select import has_kernels
 from jaxquant.tokenize import Tokenizer
 
 # Decoding runs this many tensors ahead of placing them; with the one being placed that makes three.
 AHEAD = 2
-# Models with more layers than this are compiled as loops over them, where loops run as fast.
-SCAN_DEPTH = 64
 
 
 class _Reader:
@@ -95,7 +93,7 @@ def from_pretrained(
     plan: str | Path | None = None,
     mesh: Mesh | None = None,
     dtype: Any = jnp.bfloat16,
-    scan_layers: bool | None = None,
+    scan_layers: bool = False,
 ) -> CausalLM:
     """Load a checkpoint as an NNX model, its weights as they are on disk.
 
@@ -107,9 +105,9 @@ def from_pretrained(
             widths, ``ep`` (or ``expert``) splits experts, any others replicate.
         dtype: compute dtype, float32, bfloat16 or float16.  Weights keep their own.
         scan_layers: stack each run of equal layers and compile it as one loop, in a time that does
-            not grow with depth (see :func:`jaxquant.stack_layers`).  By default for models of more
-            than ``SCAN_DEPTH`` layers, but not on GPUs: a kernel reads a layer's weights only after
-            they are copied out of the stack, which decoding repeats for every token.
+            not grow with depth (see :func:`jaxquant.stack_layers`).  Not the default, since the
+            loop takes each layer's weights out of the stack, which costs decoding more than the
+            one compilation it saves.
     Returns:
         The model; ``model.tokenizer`` is set where the checkpoint has one, ``model.report`` says
         what was loaded.
@@ -129,7 +127,7 @@ def from_pretrained(
         model = load_saved(path, mesh)
         if prepares:
             model = prepare_model(model)
-        if _scans(model.config) if scan_layers is None else scan_layers:
+        if scan_layers:
             model = stack_layers(model)
     else:
         source = open_source(path, None if plan is None else read_plan(plan))
@@ -149,7 +147,7 @@ def from_pretrained(
                 dtype=dtype,
                 load=load,
                 place=place,
-                scan_layers=_scans(source.config) if scan_layers is None else scan_layers,
+                scan_layers=scan_layers,
                 finish=prepare_model if prepares else None,
             )
         model.report = make_report(source)
@@ -157,11 +155,6 @@ def from_pretrained(
         model = prepare_model(model)
     model.tokenizer = _tokenizer(path)
     return model
-
-
-def _scans(config: ModelConfig) -> bool:
-    """Whether layers are stacked unless the caller says otherwise."""
-    return config.num_layers > SCAN_DEPTH and not has_gpu()
 
 
 def _tokenizer(path: Path) -> Tokenizer | None:

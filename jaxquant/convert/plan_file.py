@@ -177,6 +177,11 @@ def _literals(pattern: str) -> int:
     return len(text)
 
 
+def _end(pattern: str) -> str:
+    """What every match of a glob ends with; nothing is known of a regular expression's."""
+    return "" if pattern.startswith("re:") else re.split(r"[]*?]", pattern)[-1]
+
+
 def target_names(module: str) -> tuple[str, ...]:
     """The names that a mapping key may use for the weight of a module."""
     names = (f"{module}.weight",)
@@ -194,12 +199,17 @@ def resolve(plan: PrecisionPlan, modules: Iterable[str]) -> tuple[dict[str, str]
     Returns:
         module -> precision, and a message for every key that matches no weight and every tie.
     """
-    exact = {p: v for p, v in plan.mapping.items() if _compile(plan.file, p) is None}
-    patterns = [
-        (pattern, expression, _literals(pattern), precision)
-        for pattern, precision in plan.mapping.items()
-        if (expression := _compile(plan.file, pattern)) is not None
-    ]
+    exact: dict[str, str] = {}
+    # By their literal ends, each name meets few of a large plan's patterns.
+    patterns: dict[int, dict[str, list[tuple[int, str, str, re.Pattern[str]]]]] = {}
+    for pattern, precision in plan.mapping.items():
+        expression = _compile(plan.file, pattern)
+        if expression is None:
+            exact[pattern] = precision
+            continue
+        end = _end(pattern)
+        same = patterns.setdefault(len(end), {}).setdefault(end, [])
+        same.append((_literals(pattern), pattern, precision, expression))
     modules = list(modules)
     used: set[str] = set()
     problems: list[str] = []
@@ -209,8 +219,10 @@ def resolve(plan: PrecisionPlan, modules: Iterable[str]) -> tuple[dict[str, str]
         hits = [(1 << 30, name, exact[name]) for name in names if name in exact]
         hits += [
             (literals, pattern, precision)
-            for pattern, expression, literals, precision in patterns
-            if any(expression.fullmatch(name) for name in names)
+            for name in names
+            for length, ends in patterns.items()
+            for literals, pattern, precision, expression in ends.get(name[len(name) - length :], ())
+            if expression.fullmatch(name)
         ]
         used.update(pattern for _, pattern, _ in hits)
         if not hits:

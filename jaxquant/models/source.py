@@ -19,6 +19,8 @@ from jaxquant.errors import PlanError
 from jaxquant.nn.linear import Linear
 from jaxquant.transforms.experts import bank_experts, plan_experts, signature
 
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
+
 Load = Callable[[str], Any]
 Place = Callable[[str, Any], Any]
 
@@ -70,6 +72,11 @@ class Source:
         self.absent: set[str] = set()
         self.asked_weights: dict[str, tuple[int, int]] = {}
         self.asked_arrays: dict[str, tuple[int, ...]] = {}
+        # Names by what they are looked up for: a large model has tens of thousands of them.
+        self._layers = {".".join(name.split(".", 3)[:3]) for name in (*weights, *arrays)}
+        self._experts: dict[str, list[tuple[int, str]]] = {}
+        for found in filter(None, map(_EXPERT.fullmatch, weights)):
+            self._experts.setdefault(found[1], []).append((int(found[2]), found[3]))
 
     def has(self, name: str) -> bool:
         """Whether there is a weight or an array of this name."""
@@ -77,7 +84,7 @@ class Source:
 
     def layer(self, prefix: str) -> None:
         """Note once, instead of name by name, that a whole layer is missing."""
-        if not any(name.startswith(prefix + ".") for name in (*self.weights, *self.arrays)):
+        if prefix not in self._layers:
             self.problems.append(f"{prefix}: missing; the config's num_hidden_layers asks for it")
             self.absent.add(prefix)
 
@@ -181,17 +188,12 @@ class Source:
 
     def _check_indices(self, prefix: str, names: Sequence[str], count: int) -> None:
         """Note experts that are missing, in part or whole, and those past the config's count."""
-        pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.(.+)")
         present: dict[str, set[int]] = {name: set() for name in names}
         extra: set[int] = set()
-        for path in self.weights:
-            found = pattern.fullmatch(path)
-            if not found:
-                continue
-            expert, name = int(found[1]), found[2]
+        for expert, name in self._experts.get(prefix, ()):
             if expert >= count:
                 extra.add(expert)
-                self.taken.add(path)
+                self.taken.add(f"{prefix}.{expert}.{name}")
             elif name in present:
                 present[name].add(expert)
         if any(prefix.startswith(layer + ".") for layer in self.absent):

@@ -100,6 +100,27 @@ def test_loading_onto_a_mesh_agrees(model):
     np.testing.assert_allclose(split(IDS), model(IDS), rtol=1e-4, atol=1e-4)
 
 
+def test_stacked_layers_load_save_and_restore(model, tmp_path):
+    stacked = jq.from_pretrained(BUNDLED, dtype=jnp.float32, scan_layers=True)
+    assert stacked.model.stacked and len(stacked.model.layers) == 1
+
+    def same(a: jq.CausalLM, b: jq.CausalLM) -> bool:
+        return jax.tree.all(jax.tree.map(np.array_equal, nnx.state(a), nnx.state(b)))
+
+    assert same(stacked, jq.stack_layers(model))
+    jq.save_pretrained(stacked, tmp_path / "saved")
+    assert same(jq.from_pretrained(tmp_path / "saved"), model)
+    assert same(jq.from_pretrained(tmp_path / "saved", scan_layers=True), stacked)
+
+
+def test_stacked_layers_load_onto_a_mesh(model):
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("ep", "tp"))
+    split = jq.from_pretrained(BUNDLED, mesh=mesh, dtype=jnp.float32, scan_layers=True)
+    leaf = split.model.layers[0].mlp.experts.gate_proj.get_value().parts[0].data[0]
+    assert leaf.shape[0] == 4 and leaf.addressable_shards[0].data.size * 4 == leaf.size
+    np.testing.assert_allclose(split(IDS), model(IDS), rtol=1e-4, atol=1e-4)
+
+
 def test_logical_axes_of_modules():
     assert logical_axes("model.layers.0.self_attn.q_proj") == {"out": "inner"}
     assert logical_axes("model.layers.0.mlp.experts.down_proj") == {"in": "inner"}

@@ -1,6 +1,10 @@
 """The mixed-precision plan: resolution, strictness, hostile YAML."""
 
+import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -103,20 +107,30 @@ def test_bad_plans_give_one_clear_error(tmp_path, text, found):
     assert time.monotonic() - started < 1
 
 
-def test_a_plan_for_235b_resolves_quickly(tmp_path):
-    names = [
-        f"model.layers.{layer}.mlp.experts.{e}.{p}_proj"
-        for layer in range(94)
-        for e in range(128)
-        for p in ("gate", "up", "down")
-    ]
+def test_a_plan_for_235b_is_resolved_and_validated_quickly():
+    """The script's figures in a process of its own, by its own CPU time on a shared machine."""
+    script = Path(__file__).parents[2] / "benchmarks" / "plan_235b.py"
+    done = subprocess.run([sys.executable, script], check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(found)
+    assert found["weights"] == 94 * (4 + 1 + 3 * 128) + 1 and found["keys"] > 94 * 128
+    assert found["mapped"] == 94 * (4 + 3 * 128)
+    assert found["cpu_s"] < 10 and found["peak_gib"] < 2
+
+
+def test_globs_match_whatever_they_end_with(tmp_path):
     mapping = {
-        f"model.layers.{i}.mlp.experts.{e}.w13_weight": "fp8" for i in range(94) for e in range(64)
+        "*up_proj.weigh?": "fp8",
+        "*.experts.[0-1].w2_weight": "gptq_int4",
+        "re:.*[qk]_proj.weight": "fp8",
+        "*o_proj*": "fp8",
     }
-    mapping |= {f"model.layers.*.mlp.experts.{e}.w2_weight": "gptq_int4" for e in range(40)}
-    started = time.monotonic()
-    chosen, problems = resolve(plan_of(tmp_path, mapping), names)
+    chosen, problems = resolve(plan_of(tmp_path, mapping), MODULES)
     assert not problems
-    assert time.monotonic() - started < 10
-    assert sum(v == "fp8" for v in chosen.values()) == 94 * 64 * 2
-    assert sum(v == "gptq_int4" for v in chosen.values()) == 94 * 40
+    expected = {"up": {0, 1, 2, 3}, "down": {0, 1}, "gate": set()}
+    for projection, experts in expected.items():
+        for e in range(4):
+            mapped = chosen[f"model.layers.1.mlp.experts.{e}.{projection}_proj"] != "base"
+            assert mapped == (e in experts)
+    attention = [chosen[f"model.layers.0.self_attn.{p}_proj"] for p in "qkvo"]
+    assert attention == ["fp8", "fp8", "base", "fp8"]
