@@ -9,7 +9,7 @@ BIN312 := .venv312/bin
 # Two workers: the suite compiles many small programs, each on one core.
 PYTEST := -m pytest -q -n 2 --dist worksteal
 
-.PHONY: demo test test311 test312 test-interpret lint format clean
+.PHONY: demo test test311 test312 test-interpret test-gpu lint format clean
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -44,6 +44,10 @@ endif
 
 test312: .venv312/.installed
 	NPROC=16 $(BIN312)/python $(PYTEST) -m 'not gpu'
+
+# Worker processes that compile while one of them uses the GPU; needs jax[cuda13] and a Hopper GPU.
+test-gpu:
+	$(PYTHON) -m pytest -q -m gpu -n 16 --dist worksteal tests/pallas_kernels tests/ops
 
 lint: .venv/.installed
 	$(BIN)/ruff format --check .

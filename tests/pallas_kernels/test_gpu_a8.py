@@ -1,4 +1,4 @@
-"""matmul_a8 on a Hopper GPU: every layout, config and token count against float64."""
+"""matmul_a8 on a Hopper GPU: every layout against the float64 oracle on the host."""
 
 import concurrent.futures
 import dataclasses
@@ -10,7 +10,7 @@ import pytest
 from a8_cases import LAYOUTS, Case
 
 from pallas_kernels.a8_configs import DecodeConfig, PrefillConfig
-from pallas_kernels.matmul_a8 import A8_KERNELS, a8_problem, matmul_a8
+from pallas_kernels.matmul_a8 import matmul_a8
 
 pytestmark = pytest.mark.gpu
 
@@ -67,35 +67,6 @@ def test_every_layout(m):
     check([(dataclasses.replace(case, m=m), None) for case in LAYOUTS])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("m", [8, 16, 64, 128, 520])
-def test_every_candidate(kind, m):
-    case = dataclasses.replace(KINDS[kind], m=m, n=1536, k=2048)
-    operands = {
-        name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in case.shapes().items()
-    }
-    problem = a8_problem(**operands, **case.options)
-    check(
-        [
-            (case, config)
-            for kernel in A8_KERNELS
-            if kernel.accepts(problem) is None
-            for config in kernel.candidates(problem)
-        ]
-    )
-
-
-def test_random_problems():
-    rng = np.random.default_rng(0)
-    jobs = []
-    for _ in range(96):
-        case = LAYOUTS[rng.integers(len(LAYOUTS))]
-        m = int(2 ** rng.uniform(0, 9.5))
-        n, k = (int(64 * rng.integers(1, 40)) for _ in range(2))
-        jobs.append((dataclasses.replace(case, m=m, n=n, k=k), None))
-    check(jobs)
-
-
 def test_tiles_beyond_the_edge():
     """The last tiles of rows and columns stick out, and a decode tile is taller than the input."""
     jobs = [
@@ -108,8 +79,3 @@ def test_tiles_beyond_the_edge():
     tall = DecodeConfig(bm=128, stages=4, split=2)
     jobs += [(dataclasses.replace(case, m=72, n=64, k=1152), tall) for case in KINDS.values()]
     check(jobs)
-
-
-@pytest.mark.slow
-def test_every_number_of_tokens():
-    check([(Case(m, n=512, k=1024), None) for m in range(1, 301)])
