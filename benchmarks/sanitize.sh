@@ -1,18 +1,26 @@
 #!/usr/bin/env bash
-# Every kernel on small problems under compute-sanitizer (CUDA toolkit): memcheck, then racecheck.
+# Every kernel on small problems under compute-sanitizer (CUDA toolkit): memcheck and racecheck.
 # Usage: benchmarks/sanitize.sh [LOG_DIRECTORY] [options of sanitize.py]
 set -uo pipefail
 cd "$(dirname "$0")/.."
 logs="${1:-benchmarks/results}"
 shift || true
-export PYTHONPATH="$PWD" XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_PYTHON_CLIENT_ALLOCATOR=platform
-# Kernels are launched one by one: recorded into a graph they would be checked as one.
-export XLA_FLAGS="--xla_gpu_enable_command_buffer="
-status=0
-for tool in memcheck racecheck; do
-  log="$logs/sanitizer_$tool.log"
-  compute-sanitizer --tool "$tool" --error-exitcode 1 --print-limit 20 \
-    python3 benchmarks/sanitize.py "$@" > "$log" 2>&1 || status=1
-  echo "$tool: $(grep -c ' ran$' "$log") problems; $(grep 'SUMMARY' "$log" | tail -1)"
-done
-exit $status
+export PYTHONPATH="$PWD" XLA_PYTHON_CLIENT_PREALLOCATE=false
+# An allocation for each array, so that memcheck sees where it ends; kernels launched one by one,
+# because those of a recorded graph are not told apart.
+export XLA_PYTHON_CLIENT_ALLOCATOR=platform XLA_FLAGS="--xla_gpu_enable_command_buffer="
+
+check() {
+  local log="$logs/sanitizer_$1.log"
+  compute-sanitizer --tool "$1" --error-exitcode 1 --print-limit 20 \
+    python3 benchmarks/sanitize.py "${@:2}" > "$log" 2>&1
+  local status=$?
+  echo "$1: $(grep -c ' ran$' "$log") problems ran; $(grep 'SUMMARY' "$log" | tail -1)"
+  return $status
+}
+
+check memcheck "$@" &
+memcheck=$!
+check racecheck "$@"
+racecheck=$?
+wait "$memcheck" && exit "$racecheck"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import datetime
 import json
 import os
 import time
@@ -163,6 +164,7 @@ def main() -> None:
             report = {
                 "device": device,
                 "jax": jax.__version__,
+                "date": datetime.date.today().isoformat(),
                 "copy_tb_s": round(limits.copy * 1e-12, 3),
                 "rates_t": {name: round(rate * 1e-12, 1) for name, rate in limits.rates.items()},
                 "rows": rows,

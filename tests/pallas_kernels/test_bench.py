@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import runpy
+import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -122,3 +125,36 @@ def test_every_case_has_a_kernel_and_candidates(case):
     assert kernel.accepts(problem) is None and config.refuses(problem) is None
     assert candidates(case, problem)
     assert case.peers is not None and copies(case.work(m, n, k)[1]) >= 2
+
+
+def test_a_report_becomes_the_tables_of_the_docs(tmp_path, monkeypatch):
+    tool = Path(__file__).parents[2] / "tools" / "kernel_tables.py"
+    common = {"tflops": 1.0, "tb_s": 2.0, "floor_us": 6.0}
+    rows = [
+        row_of("fp8", "16x6144x4096", 10.0, of_floor=0.6, of_copy=0.6, **common),
+        row_of("fp8", "1x6144x4096", 12.0, of_floor=0.5, of_copy=0.5, **common),
+        row_of("w8a16", "1x6144x4096", 14.0, of_floor=0.4, of_copy=0.4, **common),
+    ]
+    report = {"device": "a card", "jax": "0", "date": "2000-01-01", "copy_tb_s": 2.5}
+    report |= {"rates_t": {"int8": 9.0}, "left_out": ["one"], "rows": rows}
+    peers = {"torch fp8 tensor": {"16x6144x4096": {"kernel": 12.0, "graph": 13.0}}}
+    for name, content in (("bench.json", report), ("peers.json", peers)):
+        (tmp_path / name).write_text(json.dumps(content))
+    for page in ("kernels.md", "kernels_results.md"):
+        (tmp_path / page).write_text("before\n<!-- bench -->\nprevious\n<!-- /bench -->\nafter\n")
+    files = [str(tmp_path / name) for name in ("bench.json", "peers.json")]
+    monkeypatch.setattr(sys, "argv", ["tool", *files, "--docs", str(tmp_path)])
+    runpy.run_path(str(tool), run_name="__main__")
+    summary, tables = ((tmp_path / p).read_text() for p in ("kernels.md", "kernels_results.md"))
+    assert summary.startswith("before\n") and summary.endswith("\nafter\n")
+    assert "previous" not in summary + tables and "a card, jax 0, 2000-01-01" in summary
+    assert (
+        "| fp8 token x channel, graph time | 1.05 | 1.30 | 0.92 | 1.30 (fp8 16x6144x4096) "
+        in summary
+    )
+    first = tables.index("| 1x6144x4096 | 12.0 | 2.00 TB/s | 6.0 | 50 % | - | - |")
+    assert first < tables.index("| 16x6144x4096 | 10.0 | 2.00 TB/s | 6.0 | 60 % | torch fp8 tensor")
+    assert "| 1.30 / 1.20 |" in tables and "| 1x6144x4096 | 14.0 (40 %) |" in tables
+    (tmp_path / "kernels.md").write_text("no marks")
+    with pytest.raises(ValueError, match="needs <!-- bench"):
+        runpy.run_path(str(tool), run_name="__main__")
