@@ -5,13 +5,12 @@ counter runs on across output tiles, so the copies for the next tile proceed dur
 A grouped problem differs in where its row tiles lie and whose weights they meet: both come from a
 table, and rows of a neighbour in a tile are computed but not stored.
 
-With scales along K (1x128 activations, blocked weights) each K step has a fresh accumulator that is
-promoted to float32 registers, which also makes the result immune to the reduced precision in which
-the tensor cores add fp8 products.
+With scales along K (1x128 activations, blocked weights) products are promoted step by step.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -22,7 +21,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.a8_configs import (
-    STAGE,
     PrefillConfig,
     prefill_candidates,
     prefill_default,
@@ -40,6 +38,7 @@ from pallas_kernels.a8_problem import (
 from pallas_kernels.grouped import Tile, live_tiles, most_tiles, read_tile, tile_schedule
 from pallas_kernels.launch import CLUSTER, GRID, WARPGROUP, launch
 from pallas_kernels.problem import Kernel, Problem
+from pallas_kernels.promote import Ring, start_product, sum_steps
 from pallas_kernels.store_rows import store_rows
 from pallas_kernels.tiles import (
     ROW,
@@ -71,9 +70,12 @@ def matmul(
     stages, producer = min(c.stages, steps), c.warpgroups
     rows = c.bm // c.warpgroups
     shape = (rows, c.bn)
-    # Columns that share a weight scale at every tile position; promoted totals are kept per piece.
-    piece = c.bn if block_n % c.bn == 0 else 64
-    pieces, block_rows = c.bn // piece, cdiv(n, block_n)
+    # A tile begins at a multiple of `grain` in a block of weights and touches at most `touched`.
+    # Promoted totals are kept in pieces of columns that share a weight scale wherever it begins.
+    grain = math.gcd(c.bn, block_n)
+    piece = math.gcd(grain, c.stage) if promoted else c.bn
+    touched = cdiv(c.bn + block_n - grain, block_n) if blocked else 0
+    block_rows = cdiv(n, block_n)
     epilogue = epilogue_of(problem, transposed=False)
     names = operand_names(problem)
     if problem.experts:  # the last operand: rows of each expert
@@ -166,7 +168,7 @@ def matmul(
 
         @pl.when(warpgroup < producer)
         def consume():
-            plgpu.set_max_registers(232 if c.warpgroups == 2 else 160, action="increase")
+            plgpu.set_max_registers(232 if c.warpgroups <= 2 else 160, action="increase")
             my_rows = pl.ds(warpgroup * rows, rows)
 
             @plgpu.nd_loop((clusters * column_tiles,), collective_axes=GRID)
@@ -192,40 +194,56 @@ def matmul(
                     plgpu.barrier_arrive(empty.at[slot(first + steps - 1, stages)])
                     return acc[...]
 
-                def w_scale(column, i):
-                    """Scale of the weight block that holds a channel, at K step i."""
-                    row = lax.min(lax.div(n0 + column, jnp.int32(block_n)), block_rows - 1)
-                    return gmem["w_blocks"][at.expert * block_rows + row, i * bk // block_k]
+                def start(i, s):
+                    """Start the product of step i; return it and the scales of its rows and blocks.
 
-                def promote(i, totals):
-                    s = slot(first + i, stages)
-                    plgpu.barrier_wait(full.at[s])
-
-                    def one_step(acc):
-                        plgpu.wgmma(acc, x_sm.at[s, my_rows], w_sm.at[s].T)
-                        # The scales are read while the tensor cores work.
-                        scales = [w_scale(j * piece, i) if blocked else 1.0 for j in range(pieces)]
-                        if grouped:
-                            x_scale = load(groups_sm.at[s, my_rows], ROW)
-                            scales = [x_scale * scale for scale in scales]
-                        plgpu.wgmma_wait(0)
-                        return acc[...], scales
-
-                    part, scales = pl.run_scoped(
-                        one_step, accumulator(shape, accumulator_dtype(problem))
-                    )
-                    release(empty.at[s], interpret)
-                    part = part.astype(jnp.float32)
-                    scale_part = scale_rows if grouped else jnp.multiply
-                    return [
-                        total + scale_part(part[:, j * piece : (j + 1) * piece], scale)
-                        for j, (total, scale) in enumerate(zip(totals, scales, strict=True))
+                    The scales are read while the tensor cores work.
+                    """
+                    kind = accumulator(shape, accumulator_dtype(problem))
+                    product = start_product(kind, x_sm.at[s, my_rows], w_sm.at[s].T)
+                    block = lax.div(n0, jnp.int32(block_n))
+                    blocks = [lax.min(block + b, block_rows - 1) for b in range(touched)]
+                    w_scales = [
+                        gmem["w_blocks"][at.expert * block_rows + row, i * bk // block_k]
+                        for row in blocks
                     ]
+                    x_scale = load(groups_sm.at[s, my_rows], ROW) if grouped else None
+                    return product, (x_scale, w_scales)
+
+                def block_scale(column, w_scales):
+                    """Choose the scale of the weight block that holds a column of the tile."""
+                    if c.bn % block_n == 0:
+                        return w_scales[column // block_n]
+                    column = lax.rem(n0, jnp.int32(block_n)) + column
+                    scale = w_scales[-1]
+                    for b in reversed(range(touched - 1)):
+                        scale = lax.select(column < (b + 1) * block_n, w_scales[b], scale)
+                    return scale
+
+                def add(totals, product, scales):
+                    x_scale, w_scales = scales
+                    added = []
+                    for j, total in enumerate(totals):
+                        part = product[:, j * piece : (j + 1) * piece]
+                        scale = block_scale(j * piece, w_scales) if blocked else 1.0
+                        part = (
+                            part * scale if x_scale is None else scale_rows(part, x_scale * scale)
+                        )
+                        added.append(total + part)
+                    return added
 
                 if promoted:
                     zeros = jnp.zeros((rows, piece), jnp.float32)
                     zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
-                    tile = lax.fori_loop(0, steps, promote, [zeros] * pieces)
+                    tile = sum_steps(
+                        start,
+                        add,
+                        [zeros] * (c.bn // piece),
+                        steps=steps,
+                        unroll=c.unroll,
+                        first_slot=slot(first, stages),
+                        ring=Ring(full, empty, stages, interpret),
+                    )
                 else:
                     acc = accumulator(shape, accumulator_dtype(problem))
                     tile = [pl.run_scoped(accumulate, acc)]
@@ -245,10 +263,15 @@ def matmul(
                 ]
                 if epilogue.vectors:
                     release(tile_empty, interpret)
-                for count, (r, j) in enumerate(np.ndindex(rows // 64, c.bn // STAGE)):
-                    part, column = divmod(j * STAGE, piece)
-                    block = tile[part][r * 64 : (r + 1) * 64, column : column + STAGE]
-                    first_row, first_column = at.first + my_row + r * 64, n0 + j * STAGE
+                if piece < c.stage:
+                    tile = [
+                        jnp.concatenate(tile[j : j + c.stage // piece], axis=1)
+                        for j in range(0, len(tile), c.stage // piece)
+                    ]
+                for count, (r, j) in enumerate(np.ndindex(rows // 64, c.bn // c.stage)):
+                    part, column = divmod(j * c.stage, max(piece, c.stage))
+                    block = tile[part][r * 64 : (r + 1) * 64, column : column + c.stage]
+                    first_row, first_column = at.first + my_row + r * 64, n0 + j * c.stage
                     staging = o_sm.at[warpgroup, count % c.staging]
                     if problem.experts:
                         store_rows(block, staging, o_gm, first_row, first_column, at, interpret)
@@ -256,7 +279,7 @@ def matmul(
                     store_tile(
                         block,
                         staging,
-                        o_gm.at[pl.ds(first_row, 64), pl.ds(first_column, STAGE)],
+                        o_gm.at[pl.ds(first_row, 64), pl.ds(first_column, c.stage)],
                         pending=c.staging - 1,
                     )
 
@@ -265,7 +288,7 @@ def matmul(
     scratch = {
         "x_sm": tiled_smem((stages, c.bm, bk), problem.x_dtype),
         "w_sm": tiled_smem((stages, c.bn, bk), problem.w_dtype),
-        "o_sm": tiled_smem((c.warpgroups, c.staging, 64, STAGE), problem.out_dtype),
+        "o_sm": tiled_smem((c.warpgroups, c.staging, 64, c.stage), problem.out_dtype),
         "full": plgpu.Barrier(num_arrivals=2 + grouped, num_barriers=stages),
         "empty": plgpu.ClusterBarrier(
             collective_axes=(CLUSTER,), num_arrivals=c.warpgroups, num_barriers=stages
