@@ -39,7 +39,7 @@ class A16PrefillConfig(StreamConfig):
 
     def refuses(self, problem: Problem) -> str | None:
         """Return why this config cannot run `problem`, or None."""
-        return "needs a ring of 2 steps" if self.ring < 2 else super().refuses(problem)
+        return "needs a ring of 2 steps" if self.ring == 1 else super().refuses(problem)
 
 
 def accepts_hopper(problem: Problem) -> str | None:
@@ -75,6 +75,9 @@ def decode_shapes(problem: Problem) -> Iterator[dict[str, int]]:
 
 def prefill_shapes(problem: Problem) -> Iterator[dict[str, int]]:
     """Yield tiles for many tokens, the likeliest first; the last ones run anything."""
+    if problem.m <= 32:  # groups of 32
+        yield from decode_shapes(problem)
+        return
     bm = 64 if problem.m <= 64 else 128
     tiles = cdiv(problem.m, bm) * (problem.n // 128)
     split = 2 if tiles <= problem.device.sms * 5 // 8 else 1
@@ -96,8 +99,7 @@ def fitting(
             yield config
 
 
-def decode_candidates(problem: Problem) -> Iterator[A16DecodeConfig]:
-    """Yield the decode configs worth measuring."""
+def _few_tokens(problem: Problem) -> Iterator[dict[str, int]]:
     bm = min(most_tokens(problem), _token_tile(problem.m))
     shapes = [
         dict(kw=kw, cs=cs, slots=slots, records=records)
@@ -129,14 +131,19 @@ def decode_candidates(problem: Problem) -> Iterator[A16DecodeConfig]:
             (7, 2, 2, 8, 0),
         )
     ]
-    return fitting(A16DecodeConfig, (dict(bm=bm, **shape) for shape in shapes), problem)
+    return (dict(bm=bm, **shape) for shape in shapes)
+
+
+def decode_candidates(problem: Problem) -> Iterator[A16DecodeConfig]:
+    """Yield the decode configs worth measuring."""
+    return fitting(A16DecodeConfig, _few_tokens(problem), problem)
 
 
 def prefill_candidates(problem: Problem) -> Iterator[A16PrefillConfig]:
     """Yield the prefill configs worth measuring."""
     m = problem.m
     if m <= 32:
-        return iter(())
+        return fitting(A16PrefillConfig, _few_tokens(problem), problem)
     small = [dict(bm=64, nw=4, slots=slots, ring=ring, lag=1) for slots, ring in ((2, 8), (4, 4))]
     small += [
         dict(bm=64, kw=4, ring=2, lag=0),

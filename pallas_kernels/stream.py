@@ -275,6 +275,8 @@ def stream_matmul(
                     adder.wait(1)
                     if j + half == 0:  # the step before has no wgmma under way any more
                         pl.when(i > 0)(lambda: release_x(i - 1))
+            if not ring:  # the slot holds activations too, which the wgmma reads to its end
+                adder.wait(0)
             refill_records(i)
 
         def accumulate() -> list[jax.Array]:

@@ -8,8 +8,9 @@ import numpy as np
 import oracle
 import pytest
 from a8_cases import LAYOUTS, TOKENS, Case
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import KernelError, xla
+from pallas_kernels import KernelError, a8_prefill, promote, xla
 from pallas_kernels.a8_configs import DecodeConfig, PrefillConfig
 from pallas_kernels.matmul_a8 import A8_KERNELS, a8_problem, matmul_a8
 from pallas_kernels.problem import H200, select, tuned_table
@@ -64,6 +65,13 @@ def test_every_layout(interpret, case, m):
     check_interpreted(interpret, dataclasses.replace(case, m=m))
 
 
+# Steps that do not divide by the row of unrolled ones, and a tile across two blocks of weights.
+NARROW = (
+    Case(64, n=192, k=640, x_scale="1x128", w_scale="128x128"),
+    PrefillConfig(bm=64, bn=96, stages=3, warpgroups=1, unroll=4),
+)
+
+
 @pytest.mark.interpret
 @pytest.mark.parametrize(
     ("case", "config"),
@@ -94,6 +102,16 @@ def test_every_layout(interpret, case, m):
             Case(16, n=64, k=640, x_scale="1x128", w_scale="64x64"),
             DecodeConfig(bm=16, stages=2, split=1),
         ),
+        (Case(40, n=128, k=256), PrefillConfig(bm=64, bn=80, stages=2, warpgroups=1)),
+        NARROW,
+        (
+            Case(64, n=192, k=192, x_scale="token", w_scale="64x64"),
+            PrefillConfig(bm=64, bn=96, stages=3, warpgroups=1, unroll=2),
+        ),
+        (
+            Case(256, n=128, k=384, x_scale="1x128"),
+            PrefillConfig(bn=128, stages=2, cluster=2, unroll=2),
+        ),
     ],
     ids=str,
 )
@@ -107,6 +125,48 @@ def test_every_shape_of_config(interpret, case, config):
 def test_one_block_makes_many_tiles(interpret, scales):
     case = Case(200, n=256, k=256, x_scale=scales[0], w_scale=scales[1], bias="float32")
     check_interpreted(interpret, case, PrefillConfig(bn=128, stages=3))
+
+
+@pytest.mark.interpret
+def test_a_product_with_the_scales_of_another_step_is_noticed(interpret, monkeypatch):
+    """Negative control: two products are under way, and each must meet its own scales."""
+    sum_steps = a8_prefill.sum_steps
+
+    def mixed_up(start, *args, **kwargs):
+        def late(i, s):
+            product, _ = start(i, s)
+            return product, start(jax.lax.max(i - 1, 0), s)[1]
+
+        return sum_steps(late, *args, **kwargs)
+
+    monkeypatch.setattr(a8_prefill, "sum_steps", mixed_up)
+    matmul_a8.clear_cache()
+    case, config = NARROW
+    operands = case.operands()
+    got = interpret(matmul_a8, **operands, **case.options, config=config)
+    matmul_a8.clear_cache()
+    assert oracle.relative_error(got, case.expected(operands)) > 4 * tolerance(case)
+
+
+@pytest.mark.interpret
+def test_a_slot_given_back_before_its_product_is_finished_is_noticed(interpret, monkeypatch):
+    """Negative control: the race detector must see a refill of what is still being read."""
+    sum_steps = a8_prefill.sum_steps
+
+    def hasty(start, *args, ring, **kwargs):
+        def begin(i, s):
+            plgpu.barrier_arrive(ring.empty.at[s])
+            return start(i, s)
+
+        return sum_steps(begin, *args, ring=ring, **kwargs)
+
+    monkeypatch.setattr(a8_prefill, "sum_steps", hasty)
+    monkeypatch.setattr(promote, "release", lambda *_: None)
+    matmul_a8.clear_cache()
+    case, config = NARROW
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RACE"):
+        interpret(matmul_a8, **case.operands(), **case.options, config=config)
+    matmul_a8.clear_cache()
 
 
 @pytest.mark.parametrize("m", [1, 13, 200])
@@ -164,7 +224,7 @@ KINDS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("m", [16, 128, 2048])
+@pytest.mark.parametrize("m", [16, 64, 128, 2048])
 def test_every_candidate_lowers_to_cuda(lower, kind, m):
     case = dataclasses.replace(KINDS[kind], m=m, n=6144, k=4096)
     operands = structs(case)
