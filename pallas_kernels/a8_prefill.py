@@ -263,21 +263,18 @@ def matmul(
                 ]
                 if epilogue.vectors:
                     release(tile_empty, interpret)
-                if piece < c.stage:
-                    tile = [
-                        jnp.concatenate(tile[j : j + c.stage // piece], axis=1)
-                        for j in range(0, len(tile), c.stage // piece)
-                    ]
                 for count, (r, j) in enumerate(np.ndindex(rows // 64, c.bn // c.stage)):
-                    part, column = divmod(j * c.stage, max(piece, c.stage))
-                    block = tile[part][r * 64 : (r + 1) * 64, column : column + c.stage]
+                    part, column = divmod(j * c.stage, piece)
+                    width = min(piece, c.stage)
+                    in_rows, in_columns = slice(r * 64, (r + 1) * 64), slice(column, column + width)
+                    blocks = [tile[part + p][in_rows, in_columns] for p in range(c.stage // width)]
                     first_row, first_column = at.first + my_row + r * 64, n0 + j * c.stage
                     staging = o_sm.at[warpgroup, count % c.staging]
                     if problem.experts:
-                        store_rows(block, staging, o_gm, first_row, first_column, at, interpret)
+                        store_rows(blocks[0], staging, o_gm, first_row, first_column, at, interpret)
                         continue
                     store_tile(
-                        block,
+                        blocks,
                         staging,
                         o_gm.at[pl.ds(first_row, 64), pl.ds(first_column, c.stage)],
                         pending=c.staging - 1,

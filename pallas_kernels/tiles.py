@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.problem import dtype_bits
@@ -108,25 +109,42 @@ def drain(barriers: Any, steps: Any, count: int) -> None:
     lax.fori_loop(lax.max(steps - count, 0), steps, wait, jnp.int32(0))
 
 
-def stage_tile(tile: jax.Array, staging: Any, *, transpose: bool = False, pending: int = 0) -> None:
+def stage_tile(
+    tile: jax.Array | Sequence[jax.Array],
+    staging: Any,
+    *,
+    transpose: bool = False,
+    pending: int = 0,
+) -> None:
     """Write a wgmma tile to shared memory, from where TMA may read it.
 
     Args:
-        tile: [rows, columns] in the WGMMA layout, already of the output type.
+        tile: [rows, columns] in the WGMMA layout, already of the output type; or equal pieces of
+            its columns, each as wide as a tile of the staging buffer.
         staging: tiled shared memory, [rows, columns], or [columns, rows] when transposing.
         transpose: whether the output is the transpose of the tile.
         pending: earlier stores that may still read their own staging buffers.
     """
     plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
-    if transpose:
-        staging.T[...] = plgpu.layout_cast(tile, plgpu.Layout.WGMMA_TRANSPOSED)
+    pieces = [tile] if isinstance(tile, jax.Array) else tile
+    if len(pieces) > 1:
+        for j, piece in enumerate(pieces):
+            width = piece.shape[1]
+            staging.at[:, pl.ds(j * width, width)][...] = piece
+    elif transpose:
+        staging.T[...] = plgpu.layout_cast(pieces[0], plgpu.Layout.WGMMA_TRANSPOSED)
     else:
-        staging[...] = tile
+        staging[...] = pieces[0]
     plgpu.commit_smem()
 
 
 def store_tile(
-    tile: jax.Array, staging: Any, destination: Any, *, transpose: bool = False, pending: int = 0
+    tile: jax.Array | Sequence[jax.Array],
+    staging: Any,
+    destination: Any,
+    *,
+    transpose: bool = False,
+    pending: int = 0,
 ) -> None:
     """Write a wgmma tile to global memory through a staging buffer.
 

@@ -76,6 +76,7 @@ def tune(case: Case, size: tuple[int, int, int], deadline: float) -> list[dict]:
                 "kernel": kernel.name,
                 "config": dataclasses.asdict(config),
                 "us": round(timing.kernel, 2),
+                "gpu": jax.devices()[0].device_kind,
             }
         )
     return sorted(entries, key=lambda entry: entry["us"])
