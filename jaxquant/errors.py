@@ -7,7 +7,9 @@ wording.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 
 class JaxquantError(ValueError):
@@ -66,3 +68,19 @@ class PlanError(JaxquantError):
         self.problems = tuple(problems)
         shown = "\n  - ".join(self.problems)
         super().__init__(where, f"{len(self.problems)} problem(s):\n  - {shown}", action=action)
+
+
+@contextlib.contextmanager
+def within(folder: Path, prefix: str) -> Iterator[None]:
+    """Errors raised inside say which file they are about.
+
+    Args:
+        folder: the checkpoint; an error that names something in it is complete already.
+        prefix: what goes before the place that other errors name.
+    """
+    try:
+        yield
+    except (FormatError, ConfigError) as error:
+        if error.where.startswith(str(folder)):
+            raise
+        raise type(error)(prefix + error.where, error.found, error.rule, error.action) from None

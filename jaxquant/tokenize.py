@@ -6,9 +6,14 @@ import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from jaxquant.errors import ConfigError, FormatError
+
+MAX_TOKENIZER_BYTES = 128 << 20
+MAX_BRACKETS = 8_000_000
+MAX_SETTINGS_BYTES = 8 << 20
+MAX_SETTINGS_VALUES = 200_000
 
 
 class Tokenizer:
@@ -43,23 +48,36 @@ class Tokenizer:
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise FormatError(str(folder), "no tokenizer.json", "text prompts need a tokenizer")
+        text = _text(file, MAX_TOKENIZER_BYTES)
+        if text.count("{") + text.count("[") > MAX_BRACKETS:
+            raise FormatError(str(file), f"over {MAX_BRACKETS} lists and objects", "a vocabulary")
         try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # The library raises bare Exception for bad files.
-            raise FormatError(str(file), f"not a tokenizer ({error})") from error
+            backend = tokenizers.Tokenizer.from_str(text)
+        # The library raises bare Exception for bad files, and panics, which are no Exception.
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            raise FormatError(str(file), f"not a tokenizer ({error})"[:300]) from None
         settings = _read_json(folder / "tokenizer_config.json")
         template = settings.get("chat_template")
         if isinstance(template, list):
-            named = {entry.get("name"): entry.get("template") for entry in template}
-            template = named.get("default")
+            named = [entry for entry in template if isinstance(entry, dict)]
+            template = next((e.get("template") for e in named if e.get("name") == "default"), None)
         separate = folder / "chat_template.jinja"
         if separate.is_file():
-            template = separate.read_text(encoding="utf-8")
-        special = {
-            name: value["content"] if isinstance(value, dict) else value
-            for name, value in settings.items()
-            if name.endswith("_token") and isinstance(value, (str, dict))
-        }
+            template = _text(separate, MAX_SETTINGS_BYTES)
+        if template is not None and not isinstance(template, str):
+            where = f"{folder / 'tokenizer_config.json'}: chat_template"
+            raise FormatError(where, repr(template)[:80], "a text, or a list of named texts")
+        special: dict[str, str] = {}
+        for name, value in settings.items():
+            if not name.endswith("_token") or value is None or isinstance(value, bool):
+                continue
+            content = value.get("content") if isinstance(value, dict) else value
+            if not isinstance(content, str):
+                where = f"{folder / 'tokenizer_config.json'}: {name}"
+                raise FormatError(where, repr(value)[:80], "a text, or an object with its content")
+            special[name] = content
         return cls(backend, template, special)
 
     def save(self, path: str | Path) -> None:
@@ -95,32 +113,53 @@ class Tokenizer:
             raise ConfigError("chat", "this checkpoint has no chat template", "use plain prompts")
         try:
             jinja2 = importlib.import_module("jinja2")
-            sandbox = importlib.import_module("jinja2.sandbox")
+            chat_template = importlib.import_module("jaxquant.chat_template")
         except ImportError as error:
             action = "pip install jinja2"
             raise ConfigError(
                 "chat", "jinja2 is not installed", "it renders templates", action
             ) from error
-
-        def refuse(message: str) -> NoReturn:
-            raise jinja2.TemplateError(message)
-
-        # Templates come with checkpoints, so they run in a sandbox.
-        environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = refuse
+        variables = {"messages": list(messages), "add_generation_prompt": True, **self.special}
         try:
-            template = environment.from_string(self.chat_template)
-            return template.render(
-                messages=list(messages), add_generation_prompt=True, **self.special
-            )
+            return chat_template.render(self.chat_template, variables)
         except jinja2.TemplateError as error:
-            raise ConfigError("chat", f"the template failed ({error})") from error
+            raise ConfigError("chat", f"the template failed ({error})"[:2000]) from error
+
+
+def _text(file: Path, limit: int) -> str:
+    """The text of a file of at most ``limit`` bytes."""
+    try:
+        size = file.stat().st_size
+        if size > limit:
+            raise FormatError(str(file), f"{size} bytes", f"at most {limit}")
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise FormatError(str(file), error.strerror or str(error), "a readable file") from None
+    except UnicodeDecodeError as error:
+        raise FormatError(str(file), f"not UTF-8 ({error})", "a text in UTF-8") from None
+    if text.startswith("version https://git-lfs"):
+        action = "run 'git lfs pull' in the checkpoint's folder"
+        raise FormatError(str(file), "a Git LFS pointer", "the file itself", action)
+    return text
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a key twice in one object")
+    return made
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
+    text = _text(file, MAX_SETTINGS_BYTES)
+    if sum(map(text.count, ",[{")) > MAX_SETTINGS_VALUES:
+        raise FormatError(str(file), f"over {MAX_SETTINGS_VALUES} values", "settings are few")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(str(file), f"not JSON ({error})") from error
+        settings = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(str(file), f"not JSON ({error})"[:300]) from None
+    if not isinstance(settings, dict):
+        raise FormatError(str(file), f"a JSON {type(settings).__name__}", "an object")
+    return settings

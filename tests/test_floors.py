@@ -11,6 +11,7 @@ THIRD_PARTY = {
     "pallas_kernels": {"jax", "jaxlib", "numpy"},
     "errors": set(),
     "configs": set(),
+    "fields": set(),
     "arrays": {"jax", "numpy", "ml_dtypes"},
     "transforms": {"jax", "numpy"},
     "formats": {"numpy", "ml_dtypes", "jax"},

@@ -71,6 +71,12 @@ class _Reader:
             raise self.error(f"{self.arch}.{key}", "0", "at least 1")
         return value
 
+    def positive(self, key: str, default: float | None = None) -> float:
+        value = self.number(key, default)
+        if value <= 0:
+            raise self.error(f"{self.arch}.{key}", repr(value), "a positive number")
+        return value
+
     def has(self, key: str) -> bool:
         return f"{self.arch}.{key}" in self.file.metadata
 
@@ -128,7 +134,7 @@ def config_of(file: Gguf) -> dict[str, Any]:
         "num_hidden_layers": layer_count(file),
         "num_attention_heads": heads,
         "num_key_value_heads": read.size("attention.head_count_kv", heads),
-        "rms_norm_eps": read.number("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": read.positive("attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": read.int("context_length"),
         "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in file.tensors,
@@ -176,7 +182,7 @@ def _rope(read: _Reader, head_dim: int | None) -> dict[str, Any]:
     """Rotary parameters; divisors of single frequencies, if any, are a tensor of the file."""
     rope: dict[str, Any] = {
         "rope_type": "default",
-        "rope_theta": read.number("rope.freq_base", 10000.0),
+        "rope_theta": read.positive("rope.freq_base", 10000.0),
     }
     rotated = read.int("rope.dimension_count", head_dim)
     if head_dim and rotated != head_dim:
@@ -200,12 +206,12 @@ def _rope(read: _Reader, head_dim: int | None) -> dict[str, Any]:
     if kind in (None, "none"):
         return rope
     if kind == "linear":
-        return rope | {"rope_type": "linear", "factor": read.number("rope.scaling.factor")}
+        return rope | {"rope_type": "linear", "factor": read.positive("rope.scaling.factor")}
     if kind != "yarn":
         raise read.error(f"{read.arch}.rope.scaling.type", repr(kind)[:40], "none, linear or yarn")
     rope |= {
         "rope_type": "yarn",
-        "factor": read.number("rope.scaling.factor"),
+        "factor": read.positive("rope.scaling.factor"),
         "original_max_position_embeddings": read.int("rope.scaling.original_context_length"),
     }
     for name in ("beta_fast", "beta_slow"):

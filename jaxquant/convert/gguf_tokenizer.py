@@ -36,6 +36,7 @@ _SPLITS: dict[str, tuple[str, ...]] = {
 """Split patterns by ``tokenizer.ggml.pre``; none stands for GPT-2's, which the library has."""
 
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+MAX_SQUARES = 100_000_000
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
@@ -92,6 +93,10 @@ def _vocabulary(file: Gguf) -> _Vocabulary:
     ids = {token: i for i, token in enumerate(tokens)}
     if not tokens or len(ids) != len(tokens):
         raise FormatError(where, f"{len(tokens) - len(ids)} tokens twice", "tokens are unique")
+    # Finding the merges of a piece takes time with the square of its length.
+    if sum(len(token) ** 2 for token in tokens) > MAX_SQUARES:
+        longest = max(map(len, tokens))
+        raise FormatError(where, f"tokens of up to {longest} letters", "tokens are short")
     kinds = _numbers(file, "token_type", len(tokens), 1).tolist()
     return _Vocabulary(where, tokens, ids, kinds)
 

@@ -119,6 +119,7 @@ def from_pretrained(
     path = Path(path)
     place = placer(mesh)
     prepares = mesh is None and has_kernels()
+    tokenizer = _tokenizer(path)
     if is_saved(path):
         if plan is not None:
             raise ConfigError(
@@ -153,7 +154,7 @@ def from_pretrained(
         model.report = make_report(source)
     if prepares:
         model = prepare_model(model)
-    model.tokenizer = _tokenizer(path)
+    model.tokenizer = tokenizer
     return model
 
 

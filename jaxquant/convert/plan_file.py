@@ -21,24 +21,25 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from jaxquant.arrays.scheme import Scheme
-from jaxquant.errors import ConfigError
+from jaxquant.errors import ConfigError, FormatError
+from jaxquant.formats.patterns import matches
 
 PRECISIONS = ("fp16", "fp8", "int8", "int4", "gptq_int4", "awq_int4")
 BASE = "base"
-MAX_PLAN_BYTES = 64 << 20
+MAX_PLAN_BYTES = 16 << 20
+MAX_PLAN_VALUES = 400_000
 MAX_PATTERN = 512
+MAX_PRECISION = 64
 
 _EXPERT = re.compile(r"^(?P<prefix>.*\.experts\.)(?P<index>\d+)\.(?P<projection>[^.]+)$")
 _W13, _W2 = ("gate_proj", "up_proj", "w1", "w3"), ("down_proj", "w2")
-# A repeated group that itself repeats something can take exponential time to fail.
-_NESTED_REPEAT = re.compile(r"\((?:[^()\\]|\\.)*[+*}](?:[^()\\]|\\.)*\)\s*[+*{]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,33 +75,55 @@ class _StrictLoader(yaml.CSafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def load_yaml(path: Path) -> Any:
+    """The content of a YAML file: no aliases, unique text keys, plain values only.
+
+    Raises:
+        ConfigError: unreadable, too large, or not such a file.
+    """
+    where = str(path)
+    try:
+        # A device has no size and no end.
+        if path.exists() and not path.is_file():
+            raise ConfigError(where, "no regular file", "a YAML file")
+        if path.stat().st_size > MAX_PLAN_BYTES:
+            found = f"{path.stat().st_size} bytes"
+            raise ConfigError(where, found, f"a plan has at most {MAX_PLAN_BYTES}")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        found = getattr(error, "strerror", None) or f"not UTF-8: {error}"
+        raise ConfigError(where, f"not a valid plan: {found}", "a readable YAML file") from None
+    try:
+        values = 0
+        for event in yaml.parse(text, _StrictLoader):
+            # Aliases can expand without bound; a plan has no use for them.
+            if isinstance(event, yaml.AliasEvent):
+                raise ConfigError(where, "YAML aliases", "none are allowed", "write names out")
+            values += isinstance(event, yaml.NodeEvent)
+            if values > MAX_PLAN_VALUES:
+                raise ConfigError(where, f"over {MAX_PLAN_VALUES} values", "a plan is smaller")
+        return yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        found = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            where, f"not a valid plan: {found}", action="see the example in the README"
+        ) from None
+
+
 def read_plan(path: str | Path) -> PrecisionPlan:
     """Read and validate a plan file.
 
     Relative source directories are relative to the plan file.
 
     Raises:
-        ConfigError: not YAML, aliases, duplicate or unknown keys, a precision without a source that
-            is no scheme either, a pattern that is not a safe regular expression, no base.
-        OSError: the file cannot be read.
+        ConfigError: unreadable, not YAML, aliases, duplicate or unknown keys, a precision without
+            a source that is no scheme either, a pattern that is no safe expression, no base.
     """
     path = Path(path)
+    document = load_yaml(path)
     where = str(path)
-    if path.stat().st_size > MAX_PLAN_BYTES:
-        raise ConfigError(
-            where, f"{path.stat().st_size} bytes", f"a plan has at most {MAX_PLAN_BYTES}"
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-        # Aliases can expand without bound; a plan has no use for them.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, _StrictLoader)):
-            raise ConfigError(where, "YAML aliases", "aliases are not allowed", "write names out")
-        document = yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        found = " ".join(str(error).split())
-        raise ConfigError(
-            where, f"not a valid plan: {found}", action="see the example in the README"
-        ) from None
     body = document.get("mixed_precision") if isinstance(document, dict) else None
     if not isinstance(body, dict) or set(document) != {"mixed_precision"}:
         raise ConfigError(
@@ -121,6 +144,8 @@ def _validate(where: str, root: Path, body: Mapping[str, Any]) -> PrecisionPlan:
         if key in body:
             if not isinstance(body[key], str):
                 raise ConfigError(where, f"{key}: {body[key]!r}", "a directory name is needed")
+            if "\0" in body[key]:
+                raise ConfigError(where, f"{key}: {body[key]!r}", "a directory name is needed")
             sources[name] = root / body[key]
     if BASE not in sources:
         if "fp16" not in sources:
@@ -134,8 +159,9 @@ def _validate(where: str, root: Path, body: Mapping[str, Any]) -> PrecisionPlan:
             where, "weight_mapping is missing or empty", "it maps names to precisions"
         )
     for pattern, precision in mapping.items():
-        if not isinstance(precision, str):
-            raise ConfigError(where, f"{pattern}: {precision!r}", "a precision's name is a string")
+        if not isinstance(precision, str) or len(precision) > MAX_PRECISION:
+            found = f"{pattern[:80]}: {precision!r}"[:200]
+            raise ConfigError(where, found, f"a precision's name, at most {MAX_PRECISION} letters")
         if precision not in sources or precision == BASE:
             if precision in PRECISIONS:
                 rule = f"{precision}_path is not set"
@@ -146,29 +172,38 @@ def _validate(where: str, root: Path, body: Mapping[str, Any]) -> PrecisionPlan:
             except ConfigError as error:
                 known = f"a precision is one of {', '.join(PRECISIONS)} or a scheme"
                 raise ConfigError(where, f"{pattern}: {error.found}", known, error.action) from None
-        _compile(where, pattern)
+        _matcher(where, pattern)
     return PrecisionPlan(where, sources, dict(mapping))
 
 
-def _compile(where: str, pattern: str) -> re.Pattern[str] | None:
-    """The regular expression of a pattern, None for an exact name."""
+def _matcher(where: str, pattern: str) -> Callable[[str], bool] | None:
+    """Whether a pattern fits a name; None for an exact name.
+
+    Raises:
+        ConfigError: too long, or no regular expression that ends in time.
+    """
     if len(pattern) > MAX_PATTERN:
         raise ConfigError(
             where, f"a pattern of {len(pattern)} characters", f"at most {MAX_PATTERN}"
         )
     if pattern.startswith("re:"):
-        text = pattern[3:]
-        if _NESTED_REPEAT.search(text):
-            raise ConfigError(
-                where, f"{pattern}", "a repeated group must not repeat inside", "simplify it"
-            )
-        try:
-            return re.compile(text)
-        except re.error as error:
-            raise ConfigError(where, f"{pattern}: {error}", "not a regular expression") from None
+        return _regex(where, pattern[3:])
     if any(sign in pattern for sign in "*?["):
-        return re.compile(fnmatch.translate(pattern))
+        # Globs become atomic groups, which do not backtrack.
+        glob = re.compile(fnmatch.translate(pattern))
+        return lambda name: glob.fullmatch(name) is not None
     return None
+
+
+def _regex(where: str, pattern: str) -> Callable[[str], bool]:
+    def fits(name: str) -> bool:
+        try:
+            return matches(pattern, name, where) is not None
+        except FormatError as error:
+            raise ConfigError(error.where, error.found, error.rule, "simplify it") from None
+
+    fits("")
+    return fits
 
 
 def _literals(pattern: str) -> int:
@@ -201,15 +236,15 @@ def resolve(plan: PrecisionPlan, modules: Iterable[str]) -> tuple[dict[str, str]
     """
     exact: dict[str, str] = {}
     # By their literal ends, each name meets few of a large plan's patterns.
-    patterns: dict[int, dict[str, list[tuple[int, str, str, re.Pattern[str]]]]] = {}
+    patterns: dict[int, dict[str, list[tuple[int, str, str, Callable[[str], bool]]]]] = {}
     for pattern, precision in plan.mapping.items():
-        expression = _compile(plan.file, pattern)
-        if expression is None:
+        fits = _matcher(plan.file, pattern)
+        if fits is None:
             exact[pattern] = precision
             continue
         end = _end(pattern)
         same = patterns.setdefault(len(end), {}).setdefault(end, [])
-        same.append((_literals(pattern), pattern, precision, expression))
+        same.append((_literals(pattern), pattern, precision, fits))
     modules = list(modules)
     used: set[str] = set()
     problems: list[str] = []
@@ -221,8 +256,8 @@ def resolve(plan: PrecisionPlan, modules: Iterable[str]) -> tuple[dict[str, str]
             (literals, pattern, precision)
             for name in names
             for length, ends in patterns.items()
-            for literals, pattern, precision, expression in ends.get(name[len(name) - length :], ())
-            if expression.fullmatch(name)
+            for literals, pattern, precision, fits in ends.get(name[len(name) - length :], ())
+            if fits(name)
         ]
         used.update(pattern for _, pattern, _ in hits)
         if not hits:

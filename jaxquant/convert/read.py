@@ -25,7 +25,7 @@ from jaxquant.convert.read_experts import (
 )
 from jaxquant.convert.read_gguf import read_gguf_quantized
 from jaxquant.convert.read_kv import kv_scales as kv_scales
-from jaxquant.errors import FormatError, LayoutError
+from jaxquant.errors import FormatError, LayoutError, within
 from jaxquant.formats import detect
 from jaxquant.formats.base import (
     DENSE_DTYPES,
@@ -205,6 +205,11 @@ def survey(checkpoint: Checkpoint) -> Contents:
     Raises:
         FormatError: a module contradicts its format or the config.
     """
+    with within(checkpoint.path, f"{checkpoint.path / checkpoint.quant_file}: "):
+        return _survey(checkpoint)
+
+
+def _survey(checkpoint: Checkpoint) -> Contents:
     config = checkpoint.quant_config or {}
     fmt = detect(config) if config else DENSE
     coverage = fmt.coverage(config)
@@ -241,7 +246,7 @@ def _warn_unquantized(checkpoint: Checkpoint, coverage: Coverage, paths: list[st
             f"{checkpoint.path}: the config means {len(odd)} modules to be quantized that have "
             f"plain 16-bit weights, e.g. {odd[0]}; they are used as they are",
             FormatWarning,
-            stacklevel=3,
+            stacklevel=5,
         )
 
 
@@ -256,7 +261,7 @@ def _warn_unmatched(checkpoint: Checkpoint, coverage: Coverage, paths: list[str]
             f"{checkpoint.path}: no entry of the ignore list matches a module, e.g. "
             f"{entries[0]!r}: is the root of its names another one?",
             FormatWarning,
-            stacklevel=3,
+            stacklevel=5,
         )
 
 

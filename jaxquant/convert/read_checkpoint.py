@@ -22,6 +22,7 @@ from jaxquant.errors import FormatError
 from jaxquant.formats.base import FormatWarning, RawTensor, method_of
 
 MAX_INDEX_BYTES = 64 << 20
+MAX_FILE_NAME = 200
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TEXT_CONFIGS = ("text_config", "language_config", "llm_config", "thinker_config")
 SIDE_FILES = (
@@ -42,6 +43,7 @@ class Checkpoint:
         quant_config: the description of the quantization, None for an unquantized checkpoint.
         tensors: every tensor by name, unread.
         metadata: ``__metadata__`` strings of all files.
+        quant_file: name of the file that describes the quantization.
     """
 
     path: Path
@@ -49,6 +51,7 @@ class Checkpoint:
     quant_config: Mapping[str, Any] | None
     tensors: Mapping[str, RawTensor]
     metadata: Mapping[str, str]
+    quant_file: str = "config.json"
 
     @property
     def method(self) -> str:
@@ -74,8 +77,9 @@ def _inside(directory: Path, name: str, where: str) -> Path:
         FormatError: the name has a separator, is no plain name, is missing or links out.
     """
     rule = "a plain file name in the checkpoint's folder"
-    if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
-        raise FormatError(where, f"file {name!r}", rule)
+    odd = not name.isprintable() or len(name) > MAX_FILE_NAME or name in ("", ".", "..")
+    if odd or "/" in name or "\\" in name:
+        raise FormatError(where, f"file {name[:80]!r}", rule)
     path = directory / name
     if not path.is_file():
         raise FormatError(where, f"file {name!r} does not exist", rule, "download it")
@@ -199,16 +203,18 @@ def _section(config: Mapping[str, Any], key: str, where: str) -> dict[str, Any] 
     return value
 
 
-def _find_quant_config(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The quantization's description, from config.json or a side file."""
+def _find_quant_config(
+    directory: Path, config: Mapping[str, Any]
+) -> tuple[dict[str, Any] | None, str]:
+    """The quantization's description, from config.json or a side file, and the file's name."""
     where = str(directory / "config.json")
     nested = (_section(config, key, where) for key in TEXT_CONFIGS)
     for section in (config, *filter(None, nested)):
         if (found := _section(section, "quantization_config", where)) is not None:
-            return _named(found) or found
+            return _named(found) or found, "config.json"
         if (found := _section(section, "compression_config", where)) is not None:
             inner = _section(found, "quantization_config", where) or found
-            return {"quant_method": "compressed-tensors"} | inner
+            return {"quant_method": "compressed-tensors"} | inner, "config.json"
     found = {n: load_object(directory / n) for n in SIDE_FILES if (directory / n).is_file()}
     if len(found) > 1:
         raise FormatError(
@@ -218,8 +224,8 @@ def _find_quant_config(directory: Path, config: Mapping[str, Any]) -> dict[str, 
             "keep the file of the method that made this checkpoint",
         )
     for name, side in found.items():
-        return _side_config(name, side, str(directory / name))
-    return _mistral_config(directory / "params.json")
+        return _side_config(name, side, str(directory / name)), name
+    return _mistral_config(directory / "params.json"), "params.json"
 
 
 def _mistral_config(path: Path) -> dict[str, Any] | None:
@@ -286,7 +292,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         if len(indexes) > 1:
             raise FormatError(str(path), f"indexes {[p.name for p in indexes]}", "one index")
     if indexes:
-        tensors, metadata = _read_shards(directory, indexes[0])
+        index = _inside(directory, indexes[0].name, str(directory))
+        tensors, metadata = _read_shards(directory, index)
     else:
         tensors, metadata = {}, {}
         for name in _single_file(directory):
@@ -296,5 +303,5 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
                     raise tensor.error(f"also in {tensors[key].file}", "a tensor is stored once")
                 tensors[key] = tensor
             metadata |= content.metadata
-    quant_config = _find_quant_config(directory, config)
-    return Checkpoint(directory, config, quant_config, tensors, metadata)
+    quant_config, quant_file = _find_quant_config(directory, config)
+    return Checkpoint(directory, config, quant_config, tensors, metadata, quant_file)

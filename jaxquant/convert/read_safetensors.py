@@ -26,6 +26,8 @@ MAX_ENTRY_BYTES = 4096
 MAX_METADATA_BYTES = 8 << 20
 MAX_RANK = 8
 MAX_EXTENT = 1 << 48
+# Sizes beside one of 0 are bounded by nothing in the file.
+MAX_EMPTY_EXTENT = 1 << 16
 
 
 class SafetensorsFile(NamedTuple):
@@ -69,6 +71,10 @@ def _entry(where: str, text: bytes, data_bytes: int) -> tuple[str, tuple[int, ..
         raise FormatError(where, f"shape {str(shape)[:80]}", f"a list of at most {MAX_RANK} sizes")
     if any(type(n) is not int or not 0 <= n <= MAX_EXTENT for n in shape):
         raise FormatError(where, f"shape {str(shape)[:80]}", "sizes are integers >= 0")
+    if 0 in shape and max(shape) > MAX_EMPTY_EXTENT:
+        raise FormatError(
+            where, f"shape {shape} without an element", f"sizes of at most {MAX_EMPTY_EXTENT}"
+        )
     if (
         not isinstance(offsets, list)
         or len(offsets) != 2

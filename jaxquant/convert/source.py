@@ -22,7 +22,7 @@ from jaxquant.convert.read import QuantizedModule, survey
 from jaxquant.convert.read_checkpoint import open_checkpoint
 from jaxquant.convert.read_json import load_object
 from jaxquant.convert.read_kv import is_kv_scale, kv_scales
-from jaxquant.errors import PlanError
+from jaxquant.errors import ConfigError, PlanError, within
 from jaxquant.formats.base import RawTensor, numpy_dtype
 from jaxquant.models import ModelConfig
 from jaxquant.transforms.numeric import as_numpy, requantize
@@ -101,8 +101,14 @@ def _generation_config(path: Path) -> dict[str, Any] | None:
 
 def _directory_source(path: Path) -> ModelSource:
     checkpoint = open_checkpoint(path)
-    config = ModelConfig.from_hf(checkpoint.config, _generation_config(path))
+    with within(path, f"{path}/"):
+        config = ModelConfig.from_hf(checkpoint.config, _generation_config(path))
+    where = str(path / "config.json")
+    _check_count(config.num_layers, "layers", len(checkpoint.tensors), where)
     contents = survey(checkpoint)
+    if config.moe is not None:
+        experts = config.moe.routing.experts * sum(config.moe_layers)
+        _check_count(experts, "experts in all layers", len(contents.modules), where)
     tensors = {n: t for n, t in contents.tensors.items() if not is_kv_scale(n)}
     weights: dict[str, Item] = {}
     arrays: dict[str, Item] = {}
@@ -135,6 +141,20 @@ def _directory_source(path: Path) -> ModelSource:
     return ModelSource(path, config, weights, arrays, left_out)
 
 
+def _check_count(found: int, what: str, held: int, where: str) -> None:
+    """Refuse a config that asks for more layers or experts than could be there.
+
+    Every missing tensor would be listed otherwise.
+    """
+    if found > held:
+        raise ConfigError(
+            where,
+            f"{found} {what}",
+            f"the checkpoint has {held} tensors for them",
+            "the config belongs to another checkpoint, or files are missing",
+        )
+
+
 def _gguf_source(path: Path) -> ModelSource:
     model = open_gguf_model(path)
     items = {
@@ -149,7 +169,8 @@ def _gguf_source(path: Path) -> ModelSource:
     }
     weights = {name: items[name] for name in model.weights}
     arrays = {name: items[name] for name in model.arrays}
-    config = ModelConfig.from_hf(model.config)
+    with within(path, f"{path}: "):
+        config = ModelConfig.from_hf(model.config)
     return ModelSource(path, config, weights, arrays, {})
 
 

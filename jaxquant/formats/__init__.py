@@ -11,6 +11,7 @@ from jaxquant.formats.awq import AWQ
 from jaxquant.formats.base import Format
 from jaxquant.formats.bitsandbytes import BITSANDBYTES
 from jaxquant.formats.compressed_tensors import COMPRESSED_TENSORS
+from jaxquant.formats.config_types import check_types
 from jaxquant.formats.dense import DENSE
 from jaxquant.formats.fp8 import FP8
 from jaxquant.formats.gptoss import GPT_OSS
@@ -47,8 +48,9 @@ def detect(config: Mapping[str, Any]) -> Format:
     """The format of a checkpoint with this ``quantization_config``.
 
     Raises:
-        FormatError: no format claims it.
+        FormatError: no format claims it, or a key has a value of another type than it can have.
     """
+    check_types(config)
     for candidate in FORMATS:
         if candidate.claims(config):
             return candidate

@@ -31,7 +31,8 @@ from jaxquant.formats.gptq import (
     gptq_slots,
     gptq_spec,
 )
-from jaxquant.formats.names import MAX_PATTERN, search_prefix, string_list
+from jaxquant.formats.names import search_prefix, string_list
+from jaxquant.formats.patterns import MAX_PATTERN
 from jaxquant.formats.words import integer
 
 V1 = ("auto_gptq",)

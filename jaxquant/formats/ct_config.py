@@ -73,7 +73,9 @@ def parse_arguments(value: Mapping[str, Any] | None, where: str) -> Arguments | 
         raise FormatError(where, f"num_bits {bits!r}, type {kind!r}", "1 to 16 bits, int or float")
     if group is not None and (type(group) is not int or (group < 1 and group != -1)):
         raise FormatError(f"{where}.group_size", repr(group)[:80], "null, -1 or positive")
-    dynamic = value.get("dynamic", False)
+    dynamic = value.get("dynamic") or False
+    if not isinstance(dynamic, bool) and dynamic != "local":
+        raise FormatError(f"{where}.dynamic", repr(dynamic)[:80], "true, false or local")
     strategy = value.get("strategy")
     if strategy is None:
         strategy = "token" if dynamic is True and group is None else "tensor"

@@ -80,7 +80,7 @@ def block_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
     if (
         not isinstance(block, list | tuple)
         or len(block) != 2
-        or any(type(n) is not int or n < 1 for n in block)
+        or any(type(n) is not int or not 0 < n < 1 << 31 for n in block)
     ):
         raise FormatError(
             "quantization_config: weight_block_size", repr(block)[:80], "two positive integers"
@@ -183,7 +183,12 @@ def _spec(config: Mapping[str, Any], module: RawModule) -> ScaledSpec | Fp4Spec:
     else:
         kind, grid = _grid(config, method, scale, shape)
     acts = [act for act in ACT_SCALES if module.get(act) is not None]
-    static = config.get("activation_scheme") == "static"
+    scheme = config.get("activation_scheme") or "dynamic"
+    if scheme not in ("dynamic", "static"):
+        raise FormatError(
+            "quantization_config: activation_scheme", repr(scheme)[:80], "dynamic or static"
+        )
+    static = scheme == "static"
     if static and not acts:
         raise module.error(
             "no activation scale",

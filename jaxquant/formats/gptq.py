@@ -87,6 +87,8 @@ def _coverage(config: Mapping[str, Any]) -> Coverage:
     rules = config.get("dynamic") or {}
     if not isinstance(rules, Mapping):
         raise FormatError("quantization_config: dynamic", repr(rules)[:80], "an object of rules")
+    if not isinstance(config.get("lm_head", False), bool | None):
+        raise FormatError("quantization_config: lm_head", repr(config["lm_head"])[:80], "a flag")
     excluded = tuple(pattern for pattern in rules if pattern.startswith("-:"))
     blocks = config.get("modules_in_block_to_quantize") or []
     names = tuple(str(n) for part in blocks for n in (part if isinstance(part, list) else [part]))

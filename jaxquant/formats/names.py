@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxquant.errors import FormatError
 from jaxquant.formats.base import Coverage
+from jaxquant.formats.patterns import match_end
 
 FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
-MAX_BACKTRACKING = 200_000_000
-MAX_PATTERN = 2000
 
 
 def roots(path: str) -> tuple[str, ...]:
@@ -137,60 +135,10 @@ def string_list(config: Mapping[str, Any], *keys: str) -> tuple[str, ...]:
     return tuple(entries)
 
 
-def _repeats(pattern: str) -> tuple[int, bool]:
-    """Number of unbounded repeats, and whether one contains another (exponential backtracking)."""
-    count, nested = 0, False
-    groups = [0]
-    i = 0
-    while i < len(pattern):
-        c = pattern[i]
-        if c == "\\":
-            i += 2
-            closed = 0
-        elif c == "[":
-            end = re.compile(r"\[\^?\]?(?:[^\]\\]|\\.)*\]").match(pattern, i)
-            i = end.end() if end else len(pattern)
-            closed = 0
-        elif c == "(":
-            groups.append(0)
-            i += 1
-            continue
-        else:
-            closed = groups.pop() if c == ")" and len(groups) > 1 else 0
-            i += 1
-        unbounded = re.compile(r"[*+]|\{\d*,\}").match(pattern, i)
-        if unbounded:
-            count += 1
-            nested |= closed > 0
-            i = unbounded.end()
-        groups[-1] += closed + bool(unbounded)
-    return count, nested
-
-
-@functools.lru_cache(4096)
-def _compiled(pattern: str) -> tuple[Callable[[str], re.Match[str] | None], int]:
-    where = f"pattern {pattern[:80]!r}"
-    if len(pattern) > MAX_PATTERN:
-        raise FormatError(where, f"{len(pattern)} characters", f"at most {MAX_PATTERN}")
-    repeats, nested = _repeats(pattern)
-    if nested:
-        raise FormatError(where, "a repeat inside a repeat", "it could match for ever")
-    try:
-        return re.compile(pattern).match, repeats
-    except (re.error, RecursionError, OverflowError) as error:
-        raise FormatError(where, f"no regular expression ({error})", "Python's re syntax") from None
-
-
 def search_prefix(pattern: str, path: str) -> int | None:
     """End of the match of ``pattern`` at the start of ``path``, or None.
 
     Raises:
         FormatError: no regular expression, or one that could backtrack for ever.
     """
-    match, repeats = _compiled(pattern)
-    if math.comb(len(path), repeats) > MAX_BACKTRACKING:
-        raise FormatError(
-            f"pattern {pattern[:80]!r}", f"{repeats} unbounded repeats", "it could match for ever"
-        )
-    found = match(path)
-    return None if found is None else found.end()
+    return match_end(pattern, path, "quantization_config")

@@ -97,7 +97,7 @@ def integer(config: Mapping[str, Any], key: str, *others: str) -> int:
             value = config[name]
             if isinstance(value, float) and value.is_integer():
                 value = int(value)
-            if type(value) is not int:
+            if type(value) is not int or abs(value) > 1 << 31:
                 raise FormatError(f"quantization_config: {name}", repr(value)[:80], "an integer")
             return value
     raise FormatError(f"quantization_config: {key}", "absent", "the checkpoint's config gives it")

@@ -7,11 +7,20 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from jaxquant.errors import ConfigError
+from jaxquant.fields import Fields
 from jaxquant.nn.basic import Activation
 from jaxquant.nn.mla import LatentHeads
 from jaxquant.nn.moe import Routing
 from jaxquant.nn.rope import Rope, yarn_mscale
 
+# Far beyond any model, and few enough to count through.
+MAX_LAYERS, MAX_EXPERTS, MAX_HEADS, MAX_HEAD_DIM, MAX_STOP_TOKENS = (
+    4096,
+    1 << 16,
+    1 << 14,
+    1 << 16,
+    1 << 12,
+)
 FAMILIES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -114,46 +123,47 @@ class ModelConfig:
             ConfigError: an unknown architecture, or a number that is missing or contradictory.
         """
         family = _family(config)
-        read = _Reader(config, family)
-        layers = read.int("num_hidden_layers")
-        hidden, heads = read.int("hidden_size"), read.int("num_attention_heads")
+        read = Fields(config, "config.json", needs=f"{family} models")
+        layers = read.count("num_hidden_layers", most=MAX_LAYERS)
+        hidden = read.count("hidden_size")
+        heads = read.count("num_attention_heads", most=MAX_HEADS)
         latent = family.startswith("deepseek")
-        head_dim = read.int("head_dim", hidden // heads)
-        kv_heads = read.int("num_key_value_heads", heads)
+        head_dim = read.count("head_dim", default=hidden // heads, most=MAX_HEAD_DIM)
+        kv_heads = read.count("num_key_value_heads", default=heads)
         if heads % kv_heads:
             rule = f"num_key_value_heads ({kv_heads}) divides num_attention_heads"
-            raise ConfigError("config.json", f"num_attention_heads {heads}", rule)
-        act = config.get("hidden_act", "silu")
-        if act not in get_args(Activation):
-            raise ConfigError("hidden_act", repr(act), f"one of {get_args(Activation)}")
+            raise read.error("num_attention_heads", str(heads), rule)
+        act = read.get("hidden_act")[1] or "silu"
+        if not isinstance(act, str) or act not in get_args(Activation):
+            raise read.error("hidden_act", repr(act)[:80], f"one of {get_args(Activation)}")
         if latent:
-            interleaved = bool(config.get("rope_interleave", True))
-            rope = Rope.from_hf(config, read.int("qk_rope_head_dim"), interleaved)
+            rotated = read.count("qk_rope_head_dim", most=MAX_HEAD_DIM)
+            rope = Rope.from_hf(config, rotated, read.flag("rope_interleave", True))
         else:
             rope = Rope.from_hf(config, head_dim)
-        bias = bool(config.get("attention_bias", False))
+        bias = read.flag("attention_bias", False)
         qwen2 = family in ("qwen2", "qwen2_moe")
         return cls(
             family=family,
-            vocab_size=read.int("vocab_size"),
+            vocab_size=read.count("vocab_size"),
             hidden_size=hidden,
-            intermediate_size=read.int("intermediate_size"),
+            intermediate_size=read.count("intermediate_size"),
             num_layers=layers,
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
-            norm_epsilon=read.number("rms_norm_eps"),
+            norm_epsilon=read.positive("rms_norm_eps"),
             rope=rope,
             hidden_act=act,
-            tied=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=bool(config.get("qkv_bias", True)) if qwen2 else bias,
+            tied=read.flag("tie_word_embeddings", False),
+            qkv_bias=read.flag("qkv_bias", True) if qwen2 else bias,
             output_bias=False if qwen2 else bias,
-            mlp_bias=bool(config.get("mlp_bias", False)),
+            mlp_bias=read.flag("mlp_bias", False),
             qk_norm=family in ("qwen3", "qwen3_moe"),
-            windows=_windows(config, family, layers),
-            moe=_moe(read, layers),
+            windows=_windows(read, family, layers),
+            moe=_moe(read, family, layers),
             latent=_latent(read, rope) if latent else None,
-            eos=_token_ids((generation or {}).get("eos_token_id", config.get("eos_token_id"))),
+            eos=_token_ids(read, generation),
         )
 
     @property
@@ -162,52 +172,39 @@ class ModelConfig:
         return self.moe.layers if self.moe is not None else (False,) * self.num_layers
 
 
-class _Reader:
-    """Typed access to a config's numbers."""
-
-    def __init__(self, config: Mapping[str, Any], family: str) -> None:
-        self.config = config
-        self.family = family
-
-    def number(self, *names: str | float) -> float:
-        """The first of several spellings; a trailing number is the family's default."""
-        for name in names:
-            if not isinstance(name, str):
-                return name
-            if isinstance(value := self.config.get(name), (int, float)):
-                return value
-        shown = " or ".join(repr(name) for name in names)
-        raise ConfigError("config.json", f"no {shown}", f"{self.family} models need it")
-
-    def int(self, *names: str | float) -> int:
-        """As ``number``, a whole number of at least 1."""
-        value = self.number(*names)
-        if value != int(value) or value < 1:
-            raise ConfigError("config.json", f"{names[0]} is {value}", "a positive whole number")
-        return int(value)
-
-
 def _family(config: Mapping[str, Any]) -> str:
     """Family of a config; the architecture decides, ``model_type`` where it is absent."""
-    names = config.get("architectures") or []
+    names, kind = config.get("architectures") or [], config.get("model_type")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError("config.json: architectures", repr(names)[:80], "a list of names")
     by_name = {name: family for family, name in FAMILIES.items()}
     for name in names:
         if name in by_name:
             return by_name[name]
-    if not names and config.get("model_type") in FAMILIES:
-        return config["model_type"]
-    found = names[0] if names else config.get("model_type")
+    if not names and isinstance(kind, str) and kind in FAMILIES:
+        return kind
+    found = names[0] if names else kind
     known = ", ".join(FAMILIES.values())
-    raise ConfigError("architectures", repr(found), "no such architecture", f"known are: {known}")
+    raise ConfigError(
+        "config.json: architectures",
+        repr(found)[:80],
+        "no such architecture",
+        f"known are: {known}",
+    )
 
 
-def _token_ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
+def _token_ids(read: Fields, generation: Mapping[str, Any] | None) -> tuple[int, ...]:
+    """Tokens that end a text."""
+    name = "eos_token_id"
+    if generation and generation.get(name) is not None:
+        read = Fields(generation, "generation_config.json")
+    value = read.get(name)[1]
+    if isinstance(value, list | tuple):
+        return read.counts(name, MAX_STOP_TOKENS)
+    return () if value is None else (read.count(name, least=0),)
 
 
-def _windows(config: Mapping[str, Any], family: str, layers: int) -> tuple[int | None, ...]:
+def _windows(read: Fields, family: str, layers: int) -> tuple[int | None, ...]:
     """Sliding window of each layer.
 
     Mistral, Mixtral and Qwen3-MoE have one for all layers; Qwen2 and Qwen3 from layer
@@ -219,98 +216,101 @@ def _windows(config: Mapping[str, Any], family: str, layers: int) -> tuple[int |
     qwen = family.startswith("qwen")
     if family not in ("mistral", "mixtral") and not qwen:
         return none
-    window = config.get("sliding_window", None if family == "mixtral" else 4096)
-    if not window or (qwen and not config.get("use_sliding_window", False)):
+    absent = family == "mixtral" or "sliding_window" in read.values
+    window = read.count("sliding_window", default=0 if absent else 4096, least=0)
+    if not window or (qwen and not read.flag("use_sliding_window", False)):
         return none
     if family in ("mistral", "mixtral", "qwen3_moe"):
-        return (int(window),) * layers
-    types, edge = config.get("layer_types"), int(config.get("max_window_layers", 28))
+        return (window,) * layers
+    types = read.get("layer_types")[1]
+    edge = read.count("max_window_layers", default=28, least=0)
+    known = ("full_attention", "sliding_attention")
     if types is None and family == "qwen2_moe":
         chosen = [i % 2 == 0 and i < edge for i in range(layers)]
     elif types is None:
         chosen = [i >= edge for i in range(layers)]
-    elif len(types) != layers or set(types) - {"full_attention", "sliding_attention"}:
-        rule = f"{layers} entries, full_attention or sliding_attention"
-        raise ConfigError("layer_types", f"{len(types)} of {sorted(set(types))}", rule)
+    elif not isinstance(types, list) or len(types) != layers or any(t not in known for t in types):
+        raise read.error("layer_types", repr(types), f"{layers} entries, {' or '.join(known)}")
     else:
         chosen = [kind == "sliding_attention" for kind in types]
-    return tuple(int(window) if slides else None for slides in chosen)
+    return tuple(window if slides else None for slides in chosen)
 
 
-def _moe(read: _Reader, layers: int) -> MoEConfig | None:
-    family, config = read.family, read.config
+def _moe(read: Fields, family: str, layers: int) -> MoEConfig | None:
     if family == "mixtral":
-        routing = Routing(
-            read.int("num_local_experts"), read.int("num_experts_per_tok"), "softmax", True
-        )
-        size = read.int("intermediate_size")
-        return _checked(MoEConfig(routing, size, 0, False, False, (True,) * layers))
+        experts = read.count("num_local_experts", most=MAX_EXPERTS)
+        routing = Routing(experts, read.count("num_experts_per_tok"), "softmax", True)
+        size = read.count("intermediate_size")
+        return _checked(read, MoEConfig(routing, size, 0, False, False, (True,) * layers))
     if family in ("qwen2_moe", "qwen3_moe"):
         routing = Routing(
-            read.int("num_experts", "num_local_experts"),
-            read.int("num_experts_per_tok"),
+            read.count("num_experts", "num_local_experts", most=MAX_EXPERTS),
+            read.count("num_experts_per_tok"),
             "softmax",
-            bool(config.get("norm_topk_prob", False)),
+            read.flag("norm_topk_prob", False),
         )
-        dense = set(config.get("mlp_only_layers") or ())
-        every = read.int("decoder_sparse_step", 1)
+        dense = set(read.counts("mlp_only_layers", MAX_LAYERS))
+        every = read.count("decoder_sparse_step", default=1)
         sparse = tuple(i not in dense and (i + 1) % every == 0 for i in range(layers))
         gated = family == "qwen2_moe"
-        shared = read.int("shared_expert_intermediate_size") if gated else 0
-        size = read.int("moe_intermediate_size")
-        return _checked(MoEConfig(routing, size, shared, gated, False, sparse))
-    if not family.startswith("deepseek") or config.get("n_routed_experts") is None:
+        shared = read.count("shared_expert_intermediate_size") if gated else 0
+        size = read.count("moe_intermediate_size")
+        return _checked(read, MoEConfig(routing, size, shared, gated, False, sparse))
+    if not family.startswith("deepseek") or read.get("n_routed_experts")[1] is None:
         return None
     v3 = family == "deepseek_v3"
-    method = config.get("topk_method", "noaux_tc" if v3 else "greedy")
+    method = read.get("topk_method")[1] or ("noaux_tc" if v3 else "greedy")
     allowed = ("noaux_tc",) if v3 else ("greedy", "group_limited_greedy")
     if method not in allowed:
-        raise ConfigError("topk_method", repr(method), f"{family} has {' or '.join(allowed)}")
-    normalize = bool(config.get("norm_topk_prob", v3))
+        raise read.error("topk_method", repr(method)[:80], f"{family} has {' or '.join(allowed)}")
+    normalize = read.flag("norm_topk_prob", v3)
     if normalize and not v3:
         rule = "published implementations of DeepSeek-V2 disagree on what it does"
-        raise ConfigError("norm_topk_prob", "true", rule)
+        raise read.error("norm_topk_prob", "true", rule)
     limited = method != "greedy"
     routing = Routing(
-        experts=read.int("n_routed_experts"),
-        top_k=read.int("num_experts_per_tok"),
+        experts=read.count("n_routed_experts", most=MAX_EXPERTS),
+        top_k=read.count("num_experts_per_tok"),
         scores="sigmoid" if v3 else "softmax",
         normalize=normalize,
-        scale=read.number("routed_scaling_factor"),
-        groups=read.int("n_group") if limited else 1,
-        top_groups=read.int("topk_group") if limited else 1,
+        scale=read.positive("routed_scaling_factor"),
+        groups=read.count("n_group") if limited else 1,
+        top_groups=read.count("topk_group") if limited else 1,
         group_score="top2" if v3 else "max",
     )
-    every, first = read.int("moe_layer_freq", 1), int(config.get("first_k_dense_replace", 0))
+    every = read.count("moe_layer_freq", default=1)
+    first = read.count("first_k_dense_replace", default=0, least=0)
     sparse = tuple(i >= first and i % every == 0 for i in range(layers))
-    size = read.int("moe_intermediate_size")
-    shared = size * int(config.get("n_shared_experts") or 0)
-    return _checked(MoEConfig(routing, size, shared, False, v3, sparse))
+    size = read.count("moe_intermediate_size")
+    shared = size * read.count("n_shared_experts", default=0, least=0)
+    return _checked(read, MoEConfig(routing, size, shared, False, v3, sparse))
 
 
-def _checked(moe: MoEConfig) -> MoEConfig:
+def _checked(read: Fields, moe: MoEConfig) -> MoEConfig:
     r = moe.routing
     reachable = r.experts // r.groups * r.top_groups
     if r.experts % r.groups or r.top_groups > r.groups or r.top_k > reachable:
         found = f"{r.experts} experts, top {r.top_k}, {r.top_groups} of {r.groups} groups"
-        raise ConfigError("config.json", found, "groups divide experts and hold the chosen ones")
+        raise read.error("experts", found, "groups divide experts and hold the chosen ones")
     return moe
 
 
-def _latent(read: _Reader, rope: Rope) -> LatentConfig:
-    nope, rotated = read.int("qk_nope_head_dim"), read.int("qk_rope_head_dim")
+def _latent(read: Fields, rope: Rope) -> LatentConfig:
+    nope = read.count("qk_nope_head_dim", most=MAX_HEAD_DIM)
+    rotated = read.count("qk_rope_head_dim", most=MAX_HEAD_DIM)
     scale = (nope + rotated) ** -0.5
-    scaling = read.config.get("rope_parameters") or read.config.get("rope_scaling") or {}
-    if rope.kind != "default" and scaling.get("mscale_all_dim"):
+    scaling = Fields(read.object("rope_parameters", "rope_scaling"), "config.json: rope")
+    mscale = scaling.number("mscale_all_dim", default=0.0, least=0)
+    if rope.kind != "default" and mscale:
         # DeepSeek scales scores by YaRN's magnitude squared instead of queries and keys.
-        scale *= yarn_mscale(rope.factor, scaling["mscale_all_dim"]) ** 2
+        scale *= yarn_mscale(rope.factor, mscale) ** 2
     heads = LatentHeads(
-        heads=read.int("num_attention_heads"),
+        heads=read.count("num_attention_heads"),
         nope=nope,
         rope=rotated,
-        value=read.int("v_head_dim"),
-        latent=read.int("kv_lora_rank"),
+        value=read.count("v_head_dim", most=MAX_HEAD_DIM),
+        latent=read.count("kv_lora_rank"),
         scale=scale,
     )
-    rank = read.config.get("q_lora_rank")
-    return LatentConfig(heads, None if rank is None else int(rank))
+    compressed = read.get("q_lora_rank")[1] is not None
+    return LatentConfig(heads, read.count("q_lora_rank") if compressed else None)

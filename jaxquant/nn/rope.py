@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.errors import ConfigError
+from jaxquant.fields import Fields
 
 Kind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
@@ -67,50 +68,56 @@ class Rope:
         Raises:
             ConfigError: unknown scaling, or a number that the scaling needs is missing.
         """
-        scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        kind: Any = scaling.get("rope_type", scaling.get("type", "default"))
-        kind = "longrope" if kind == "su" else kind
-        if kind not in get_args(Kind):
-            raise ConfigError("rope_type", repr(kind), f"one of {get_args(Kind)}")
-        theta = scaling.get("rope_theta", config.get("rope_theta", 10000.0))
-        partial = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-        max_length = int(config.get("max_position_embeddings", 0))
-        needed = {
-            "linear": ("factor",),
-            "dynamic": ("factor",),
-            "llama3": (
-                "factor",
-                "low_freq_factor",
-                "high_freq_factor",
-                "original_max_position_embeddings",
-            ),
-            "yarn": ("factor",),
-            "longrope": ("short_factor", "long_factor"),
-        }.get(kind, ())
-        missing = [name for name in needed if scaling.get(name) is None]
-        if missing:
-            raise ConfigError(f"rope_type {kind!r}", f"no {', '.join(missing)}", "must be given")
-        original = scaling.get(
-            "original_max_position_embeddings",
-            config.get("original_max_position_embeddings", max_length),
+        top = Fields(config, "config.json")
+        scaling = top.object("rope_parameters", "rope_scaling")
+        found: Any = scaling.get("rope_type", scaling.get("type")) or "default"
+        if not isinstance(found, str) or found not in (*get_args(Kind), "su"):
+            rule = f"one of {get_args(Kind)}"
+            raise ConfigError("config.json: rope_type", repr(found)[:80], rule)
+        kind: Any = "longrope" if found == "su" else found
+        read = Fields(scaling, "config.json: rope", needs=f"rope_type {kind!r}")
+        theta = read.positive("rope_theta", default=top.positive("rope_theta", default=10000.0))
+        partial = read.positive(
+            "partial_rotary_factor", default=top.positive("partial_rotary_factor", default=1.0)
         )
-        optional = {
-            name: scaling[name]
-            for name in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
-            if scaling.get(name) is not None
+        dim = int(head_dim * partial)
+        if dim % 2 or not 0 < dim <= head_dim:
+            rule = f"an even number of features, at most {head_dim}"
+            raise ConfigError("config.json: partial_rotary_factor", f"{dim} features rotate", rule)
+        max_length = top.count("max_position_embeddings", default=0, least=0)
+        name = "original_max_position_embeddings"
+        fallback = top.count(name, default=max_length, least=0)
+        original = read.count(name, default=None if kind == "llama3" else fallback, least=0)
+        if kind in ("dynamic", "llama3", "yarn", "longrope") and original < 2:
+            raise read.error(name, repr(original), "at least 2")
+        bands = {
+            "llama3": ("low_freq_factor", "high_freq_factor"),
+            "yarn": ("beta_fast", "beta_slow"),
         }
-        factor = scaling.get("factor") or (max_length / original if original else 1.0)
+        optional: dict[str, Any] = {
+            key: read.positive(key)
+            for key in bands.get(kind, ())
+            if kind == "llama3" or scaling.get(key) is not None
+        }
+        if kind == "longrope":
+            stretch = max_length / original if max_length else 1.0
+            optional["short_factor"] = read.numbers("short_factor", dim // 2)
+            optional["long_factor"] = read.numbers("long_factor", dim // 2)
+            for key in ("short_factor", "long_factor"):
+                if len(optional[key]) != dim // 2:
+                    raise read.error(key, f"{len(optional[key])} numbers", f"{dim // 2}")
+        else:
+            stretch = None if kind != "default" else 1.0
+        factor = float(read.positive("factor", default=stretch))
         return cls(
-            dim=int(head_dim * partial),
+            dim=dim,
             theta=float(theta),
             kind=kind,
-            factor=float(factor),
-            original_length=int(original),
+            factor=factor,
+            original_length=original,
             max_length=max_length,
-            truncate=bool(scaling.get("truncate", True)),
-            magnitude=_magnitude(kind, scaling, float(factor), int(original)),
-            short_factor=tuple(scaling.get("short_factor") or ()),
-            long_factor=tuple(scaling.get("long_factor") or ()),
+            truncate=read.flag("truncate", True),
+            magnitude=_magnitude(kind, read, factor, original),
             interleaved=interleaved,
             **optional,
         )
@@ -121,15 +128,16 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def _magnitude(kind: str, scaling: Mapping[str, Any], factor: float, original: int) -> float:
+def _magnitude(kind: str, read: Fields, factor: float, original: int) -> float:
     """What cos and sin are multiplied by, where the config does not say it itself."""
     if kind not in ("yarn", "longrope"):
         return 1.0
-    if scaling.get("attention_factor") is not None:
-        return float(scaling["attention_factor"])
+    if read.get("attention_factor")[1] is not None:
+        return float(read.positive("attention_factor"))
     if kind == "longrope":
         return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    mscale = read.number("mscale", default=0.0, least=0)
+    all_dim = read.number("mscale_all_dim", default=0.0, least=0)
     if mscale and all_dim:
         return yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim)
     return yarn_mscale(factor)

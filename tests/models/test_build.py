@@ -183,11 +183,11 @@ def test_ranges():
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*LlamaForCausalLM"),
         ({"architectures": [], "model_type": "gpt2"}, "gpt2.*no such architecture"),
-        ({"hidden_size": None}, "no 'hidden_size'"),
+        ({"hidden_size": None}, "hidden_size: absent"),
         ({"num_key_value_heads": 3}, "divides"),
         ({"hidden_act": "quick_gelu"}, "quick_gelu"),
-        ({"num_hidden_layers": 0}, "positive whole number"),
-        ({"rope_scaling": {"type": "yarn"}}, "no factor"),
+        ({"num_hidden_layers": 0}, "whole number from 1"),
+        ({"rope_scaling": {"type": "yarn"}}, "factor: absent"),
     ],
 )
 def test_config_errors(change: dict[str, Any], words: str):

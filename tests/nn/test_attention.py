@@ -127,4 +127,5 @@ def test_rope_errors():
     with pytest.raises(ConfigError, match="spiral"):
         Rope.from_hf({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, 8)
     with pytest.raises(ConfigError, match="low_freq_factor"):
-        Rope.from_hf({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 8)
+        scaling = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}
+        Rope.from_hf({"rope_scaling": scaling}, 8)
