@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from jaxquant.convert.plan_file import read_plan, resolve, target_names

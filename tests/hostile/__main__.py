@@ -13,8 +13,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    for reader, name in ALL.values():
-        place = re.sub(r"\W+", "-", name)
+    for number, (reader, name) in enumerate(ALL.values()):
+        place = re.sub(r"\W+", "-", f"{number:03d} {name}")
         write(TABLES[reader].CASES[name], folder / reader / place / "model")
     print(f"{len(ALL)} cases in {folder}")
 
