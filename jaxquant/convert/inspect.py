@@ -10,10 +10,11 @@ import numpy as np
 
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.convert.plan_file import read_plan
-from jaxquant.convert.read import survey
+from jaxquant.convert.read import QuantizedModule, survey
 from jaxquant.convert.read_checkpoint import open_checkpoint
 from jaxquant.convert.read_gguf import open_gguf
 from jaxquant.convert.source import Item, open_source
+from jaxquant.formats.bitsandbytes import BITSANDBYTES
 
 COLUMNS = ["tensor", "format", "shape", "bits/weight", "bytes", "scales"]
 
@@ -84,11 +85,19 @@ def _scale_range(arrays: list[np.ndarray]) -> tuple[float, float] | None:
     return min(float(v.min()) for v in values), max(float(v.max()) for v in values)
 
 
+def _scales(module: QuantizedModule) -> list[np.ndarray]:
+    """The scales of a module as they are stored."""
+    if module.format is BITSANDBYTES:
+        # Stored as largest magnitudes, and those may be codes themselves.
+        return list(module.load().scales)
+    return [t.read() for name, t in module.raw.items() if "scale" in name or name == "s"]
+
+
 def _directory_entries(path: Path) -> list[Entry]:
     contents = survey(open_checkpoint(path))
     entries = []
     for name, module in contents.modules.items():
-        scales = [t.read() for suffix, t in module.raw.items() if "scale" in suffix]
+        scales = _scales(module)
         label = f"{module.format.name} {module.layout}"
         bits = _bits(module.nbytes, module.shape)
         row = Entry(name, label, module.shape, bits, module.nbytes, _scale_range(scales), str(path))
