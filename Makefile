@@ -9,7 +9,9 @@ BIN312 := .venv312/bin
 # Two workers: the suite compiles many small programs, each on one core.
 PYTEST := -m pytest -q -n 2 --dist worksteal
 
-.PHONY: demo test test311 test312 test-interpret test-gpu lint format clean
+FUZZ_SECONDS ?= 60
+
+.PHONY: fuzz demo test test311 test312 test-interpret test-gpu lint format clean
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -49,6 +51,10 @@ test312: .venv312/.installed
 test-gpu:
 	$(PYTHON) -m pytest -q -m gpu -n 16 --dist worksteal tests/pallas_kernels tests/ops
 
+# Every reader of untrusted files, FUZZ_SECONDS each.
+fuzz: .venv/.installed
+	$(BIN)/python -m tests.hostile.fuzz $(FUZZ_SECONDS)
+
 lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -59,4 +65,4 @@ format: .venv/.installed
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv .venv312 demo_output
+	rm -rf .venv .venv312 demo_output fuzz_output
