@@ -62,6 +62,9 @@ TUNED = {
             "bfloat16 uint4 none g128": A16(0),
             "bfloat16 uint4 none g32": A16(0, group=32),
             "bfloat16 int8 none g128 float32": A16(0, code="int8", scale="float32"),
+            "bfloat16 float8_e4m3fn none g128 float32": A16(
+                0, code="float8_e4m3fn", scale="float32"
+            ),
         },
     ),
 }
