@@ -13,10 +13,12 @@ from jaxquant.convert.plan_file import read_plan
 from jaxquant.convert.read import QuantizedModule, survey
 from jaxquant.convert.read_checkpoint import open_checkpoint
 from jaxquant.convert.read_gguf import open_gguf
+from jaxquant.convert.report import LoadReport, make_report
 from jaxquant.convert.source import Item, open_source
 from jaxquant.formats.bitsandbytes import BITSANDBYTES
+from jaxquant.models import build_model
 
-COLUMNS = ["tensor", "format", "shape", "bits/weight", "bytes", "scales"]
+COLUMNS = ["tensor", "format", "shape", "bits/weight", "bytes"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +46,28 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Rows and a closing line; ``as_json`` gives the same as plain data."""
+    """Rows and closing lines; ``as_json`` gives the same as plain data.
+
+    Attributes:
+        entries: the rows.
+        summary: what follows them.
+        plan: for a dry run, what loading would report; its rows show where a tensor comes from, in
+            place of scales that nobody has read.
+    """
 
     entries: tuple[Entry, ...]
     summary: str
+    plan: LoadReport | None = None
 
     @property
     def columns(self) -> list[str]:
         """Column titles."""
-        return COLUMNS
+        return [*COLUMNS, "scales" if self.plan is None else "from"]
+
+    def _last(self, entry: Entry) -> str:
+        if self.plan is not None:
+            return entry.origin
+        return "-" if entry.scales is None else "{:.3g} .. {:.3g}".format(*entry.scales)
 
     @property
     def rows(self) -> list[list[str]]:
@@ -64,14 +79,15 @@ class Report:
                 "x".join(map(str, e.shape)),
                 f"{e.bits:.2f}",
                 str(e.nbytes),
-                "-" if e.scales is None else f"{e.scales[0]:.3g} .. {e.scales[1]:.3g}",
+                self._last(e),
             ]
             for e in self.entries
         ]
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
-        return {"tensors": [dataclasses.asdict(e) for e in self.entries], "summary": self.summary}
+        data = {"tensors": [dataclasses.asdict(e) for e in self.entries], "summary": self.summary}
+        return data if self.plan is None else data | {"plan": self.plan.as_json()}
 
 
 def _bits(nbytes: int, shape: tuple[int, ...]) -> float:
@@ -163,10 +179,9 @@ def inspect_plan(path: str | Path, plan: str | Path) -> Report:
         bits = _bits(size, tuple(value.shape))
         return Entry(name, label, tuple(value.shape), bits, size, None, item.origin)
 
+    weights = {name: item.abstract for name, item in source.weights.items()}
+    arrays = {name: item.abstract for name, item in source.arrays.items()}
+    build_model(source.config, weights, arrays)
     items = [*source.weights.items(), *source.arrays.items()]
-    entries = tuple(entry(name, item) for name, item in items)
-    sizes: dict[str, int] = {}
-    for e in entries:
-        sizes[e.format.split()[0]] = sizes.get(e.format.split()[0], 0) + e.nbytes
-    shown = ", ".join(f"{name} {size / 2**20:.2f} MiB" for name, size in sorted(sizes.items()))
-    return Report(entries, f"{len(entries)} tensors: {shown}")
+    report = make_report(source)
+    return Report(tuple(entry(name, item) for name, item in items), str(report), report)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 import jaxquant as jq
+from jaxquant.convert.inspect import inspect_plan
 from jaxquant.convert.placement import logical_axes
 from jaxquant.convert.save import describe
 from jaxquant.errors import ConfigError, FormatError, PlanError
@@ -334,6 +335,21 @@ def test_a_plan_mixes_checkpoints_down_to_the_expert(sources, tmp_path, monkeypa
     base = jq.from_pretrained(BUNDLED, dtype=jnp.float32)
     error = np.linalg.norm(model(IDS) - base(IDS)) / np.linalg.norm(base(IDS))
     assert 1e-4 < error < 0.1
+
+
+def test_a_dry_run_says_what_would_load_from_where(tmp_path):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        f"mixed_precision:\n  base_model_path: {BUNDLED}\n  weight_mapping:\n"
+        '    "model.layers.*.mlp.experts.1.w13_weight": "fp8_b128"\n'
+    )
+    found = inspect_plan(BUNDLED, plan)
+    loaded = jq.from_pretrained(BUNDLED, plan=plan).report
+    assert found.plan == loaded and found.summary == str(loaded)
+    assert found.columns[-1] == "from" and {row[-1] for row in found.rows} == {str(BUNDLED)}
+    data = json.loads(json.dumps(found.as_json()))
+    assert [f["format"] for f in data["plan"]["formats"]] == ["dense", "fp8_b128"]
+    assert data["plan"]["formats"][1]["weights"] == 2 * 4
 
 
 def test_a_plan_that_cannot_be_met_lists_everything(sources, tmp_path):

@@ -69,7 +69,10 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("tokens, top_k", [(1, 1), (1, 8), (5, 2), (64, 3)])
+@pytest.mark.parametrize(
+    "tokens, top_k",
+    [(1, 1), (1, 8), (5, 2), (64, 3), (17, 4), (300, 5), (9, 6), (1024, 7), (4096, 8)],
+)
 @pytest.mark.parametrize("skew", ["even", "one", "half"])
 def test_mixed_experts_equal_the_loop(tokens: int, top_k: int, skew: str):
     columns = columns_of(MIXED)
@@ -100,6 +103,8 @@ def test_every_pattern_of_empty_experts():
             ids = np.resize(np.flatnonzero(used), (11, 1)).astype(np.int32)
             expected = loop(x, ids, ones, dense)
             assert np.abs(np.asarray(call(experts, x, ids, ones)) - expected).max() < 1e-4, used
+    none = call(experts, x[:0], np.zeros((0, 1), np.int32), ones[:0])
+    assert none.shape == (0, HIDDEN)
 
 
 def test_plan_orders_all_projections_alike():
