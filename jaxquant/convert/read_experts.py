@@ -103,7 +103,7 @@ def check_expert_indices(paths: Iterable[str], config: Mapping[str, Any], where:
     """Every layer has experts 0 to n - 1, n from the config where it says so.
 
     Raises:
-        FormatError: lists the missing experts.
+        FormatError: lists the missing experts and those too many of every layer.
     """
     found: dict[str, set[int]] = {}
     for path in paths:
@@ -111,17 +111,27 @@ def check_expert_indices(paths: Iterable[str], config: Mapping[str, Any], where:
         if cut:
             found.setdefault(f"{cut[1]}.*.{cut[3]}", set()).add(int(cut[2]))
     declared = next((config[k] for k in EXPERT_COUNTS if type(config.get(k)) is int), None)
+    problems: list[str] = []
     for path, indices in found.items():
         count = max(indices) + 1 if declared is None else declared
         missing = sorted(set(range(min(count, 1 << 16))) - indices)
         extra = sorted(indices - set(range(count)))
-        if missing or extra:
-            raise FormatError(
-                f"{where}: {path}",
-                f"experts {missing[:8]} missing" if missing else f"experts {extra[:8]} too many",
-                f"{count} experts, numbered from 0",
-                "the checkpoint is incomplete, or its config belongs to another one",
-            )
+        for numbers, word in ((missing, "missing"), (extra, "too many")):
+            if numbers:
+                problems.append(f"{path}: experts {_some(numbers)} {word}")
+    if problems:
+        raise FormatError(
+            where,
+            "; ".join(problems[:100]) + (" ..." if len(problems) > 100 else ""),
+            f"{declared or 'all'} experts in every layer, numbered from 0",
+            "the checkpoint is incomplete, or its config belongs to another one",
+        )
+
+
+def _some(numbers: list[int]) -> str:
+    """A list as text; past the most experts a layer has, only how many more."""
+    more = len(numbers) - 256
+    return f"{numbers[:256]} and {more} more" if more > 0 else str(numbers)
 
 
 def fill_cold_experts(groups: Mapping[str, dict[str, RawTensor]]) -> None:

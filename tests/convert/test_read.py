@@ -123,7 +123,10 @@ def test_six_experts_are_found(tmp_path):
 def test_missing_experts_are_listed(tmp_path):
     arrays, config = experts(6, {(2, "up_proj"), (4, "up_proj")})
     error = refused(tmp_path / "a", arrays, config)
-    assert "[2, 4]" in error.found
+    assert "up_proj: experts [2, 4] missing" in error.found and "gate_proj" not in error.found
+    arrays, config = experts(6, {(2, "up_proj"), (0, "down_proj")})
+    error = refused(tmp_path / "both", arrays, config)
+    assert "up_proj: experts [2]" in error.found and "down_proj: experts [0]" in error.found
     arrays, config = experts(6)
     assert "[6, 7]" in refused(tmp_path / "b", arrays, config, num_local_experts=8).found
     assert "too many" in refused(tmp_path / "c", arrays, config, n_routed_experts=4).found
