@@ -147,7 +147,7 @@ class Experts(nnx.Module):
         outer = ops.grouped_matmul(inner, self.down_proj.get_value(), sizes)
         # Back in the order of tokens by a gather: unlike a scatter-add, sums have one fixed order.
         back = jnp.argsort(order)
-        outer = outer[back].reshape(tokens, top_k, -1).astype(jnp.float32)
+        outer = outer[back].reshape(tokens, top_k, outer.shape[-1]).astype(jnp.float32)
         return jnp.sum(outer * weights[:, :, None], axis=1).astype(x.dtype)
 
 
