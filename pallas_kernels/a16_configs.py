@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from pallas_kernels.problem import Problem, require_hopper
-from pallas_kernels.stream_config import StreamConfig, scale_layout
+from pallas_kernels.stream_config import StreamConfig, record_of
 from pallas_kernels.tiles import cdiv
 
 _ConfigType = TypeVar("_ConfigType", bound=StreamConfig)
@@ -15,7 +15,8 @@ _ConfigType = TypeVar("_ConfigType", bound=StreamConfig)
 
 def most_tokens(problem: Problem) -> int:
     """Return the widest tile of tokens whose sums per group fit the registers of a thread."""
-    return 32 if scale_layout(problem)[0] == 32 else 64
+    record = record_of(problem)
+    return 32 if record.group < 64 and not record.rounded else 64
 
 
 def exceeds_registers(config: StreamConfig, problem: Problem) -> str | None:

@@ -19,7 +19,7 @@ from pallas_kernels.a16_configs import (
     prefill_shapes,
 )
 from pallas_kernels.epilogue import Epilogue, Term
-from pallas_kernels.prepack import Prepacked
+from pallas_kernels.prepack import Prepacked, factor_name
 from pallas_kernels.problem import (
     Config,
     Kernel,
@@ -28,19 +28,32 @@ from pallas_kernels.problem import (
     current_device,
     select,
 )
-from pallas_kernels.record import Record
+from pallas_kernels.record import E8M0, Record
 from pallas_kernels.stream import stream_matmul
-from pallas_kernels.stream_config import StreamConfig, scale_layout, scale_name
+from pallas_kernels.stream_config import (
+    StreamConfig,
+    factor_of,
+    record_of,
+    scale_name,
+    zero_name,
+)
 from pallas_kernels.tiles import pad_rows, round_up
 
 _HALF_TYPES = ("bfloat16", "float16")
-# Groups so small that scaling the sum of each costs more than scaling the weights.
-ROUNDED_GROUP = 32
+
+
+def _scales_weights(problem: Problem) -> bool:
+    """Whether groups are so small that scaling the sum of each costs more than scaling weights."""
+    record = record_of(problem)
+    return record.code == "uint4" and record.group == 32 and not record.rounded
 
 
 def epilogue_of(problem: Problem) -> Epilogue:
-    """Return the epilogue: the scale of each token, if any, and the bias."""
+    """Return the epilogue: factors of the weight, the scale of each token, and the bias, if any."""
     terms = []
+    factor = factor_of(problem)
+    if factor:
+        terms.append(Term("w_scale", "n" if factor == "n" else "one", jnp.float32))
     if problem.x_scale == "token":
         terms.append(Term("x_scale", "m", jnp.float32))
     if problem.bias:
@@ -57,6 +70,7 @@ def _run(
     *operands: jax.Array,
 ) -> jax.Array:
     name = "matmul_a16_prefill" if rounded else "matmul_a16_decode"
+    rounded = rounded or record.rounded
     epilogue = epilogue_of(problem)
     return stream_matmul(
         problem, config, interpret, record, epilogue, *operands, rounded=rounded, name=name
@@ -74,7 +88,7 @@ def _default_prefill(problem: Problem) -> StreamConfig:
 def _accepts_few(problem: Problem) -> str | None:
     if reason := accepts_hopper(problem):
         return reason
-    if scale_layout(problem)[0] == ROUNDED_GROUP:
+    if _scales_weights(problem):
         return "leaves groups of 32 to the kernel that rounds scales into the weights"
     return None if problem.m <= 64 else "takes at most 64 tokens"
 
@@ -82,7 +96,7 @@ def _accepts_few(problem: Problem) -> str | None:
 def _accepts_many(problem: Problem) -> str | None:
     if reason := accepts_hopper(problem):
         return reason
-    if problem.m > 32 or scale_layout(problem)[0] == ROUNDED_GROUP:
+    if problem.m > 32 or _scales_weights(problem):
         return None
     return "takes more than 32 tokens, or groups of 32"
 
@@ -125,6 +139,8 @@ def a16_problem(
     check_operands("matmul_a16", x, weight, 16, _HALF_TYPES, bias, out)
     if perm is not None and (perm.shape != (weight.k,) or perm.dtype != jnp.int32):
         raise KernelError(f"perm is {perm.shape} {perm.dtype}; it must be ({weight.k},) int32")
+    if weight.record.scale_dtype == E8M0 and x.dtype != jnp.bfloat16:
+        raise KernelError(f"matmul_a16: x is {x.dtype}; e8m0 scales need the range of bfloat16")
     return problem_of("matmul_a16", x, weight, bias, out)
 
 
@@ -182,8 +198,8 @@ def problem_of(
         w_dtype=weight.record.code,
         out_dtype=out.name,
         x_scale=x_scale,
-        w_scale=scale_name(weight.record),
-        zero="group" if weight.record.zero else "",
+        w_scale=scale_name(weight.record, factor_name(weight)),
+        zero=zero_name(weight.record),
         bias="" if bias is None else bias.dtype.name,
         device=current_device(),
     )
@@ -203,13 +219,16 @@ def matmul_a16(
     """Multiply 16-bit activations by a prepacked weight: y = x[:, perm] @ w.T + bias.
 
     Up to 32 tokens, scales multiply f32 sums, so the result is exact but for the rounding of y.
-    For more than 64 tokens, and for groups of 32 at any number, the weights are rounded to the type
-    of x after scaling, as a dequantized weight would be, which makes the error of a random y 1.4
-    times that of rounding it; in between the faster of both runs.
+    For more than 64 tokens, and for 4-bit codes in groups of 32 at any number, the weights are
+    rounded to the type of x after scaling, as a dequantized weight would be, which makes the error
+    of a random y 1.4 times that of rounding it; in between the faster of both runs.  Scales of 8
+    bits and offsets are always applied to the weight: with e2m1 codes and float8 scales that is
+    exact; integer scales times super-scales, and offsets, are rounded to the type of x first.
 
     Args:
         x: [M, K] bfloat16 or float16; any M >= 1.
-        weight: [N, K] from `prepack(..., operand=16)`: 4-bit, int8 or float8_e4m3fn codes.
+        weight: [N, K] from `prepack(..., operand=16)`.  e2m1 codes with e8m0 scales need bfloat16
+            activations and scales up to 2**33; larger ones give infinities.
         bias: [N] float32, bfloat16 or float16, added before rounding.
         perm: [K] int32; column k of the weight belongs to column perm[k] of x (GPTQ act-order).
         out_dtype: bfloat16 or float16; None for the type of x.
@@ -249,6 +268,7 @@ def run_padded(
         # those all wait for a warpgroup that has none.
         chosen = dataclasses.replace(chosen, nw=1, kw=1)
     x = pad_rows(x, padded) if padded > m else x
+    vectors = vectors if weight.factor is None else (weight.factor, *vectors)
     out = kernel.fn(problem, chosen, interpret, weight.record, x, weight.records, *vectors)
     assert isinstance(out, jax.Array)
     return out[:m] if padded > m else out

@@ -13,18 +13,25 @@ from jax import lax
 from pallas_kernels.problem import KernelError
 from pallas_kernels.record import (
     CHANNELS,
+    CODES,
     DEPTH,
+    E2M1,
+    ROTATION,
     ZERO_BITS,
     Record,
     read_codes,
     read_scales,
+    read_super,
     read_zeros,
     write_codes,
     write_row_values,
+    write_scale_rows,
 )
+from pallas_kernels.record_values import fold_signs
 from pallas_kernels.tiles import cdiv
 
 _SCALE_DTYPES = ("bfloat16", "float16", "float32")
+Levels = jax.Array | tuple[jax.Array, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -32,8 +39,8 @@ _SCALE_DTYPES = ("bfloat16", "float16", "float32")
 class Prepacked:
     """A weight in the order in which the kernels of this package read it.
 
-    A pytree with one array, so it can be stacked, scanned over, donated and sharded along its
-    leading dimensions.  It has no other structural operations: slice and transpose before packing.
+    A pytree, so it can be stacked, scanned over, donated and sharded along its leading dimensions.
+    It has no other structural operations: slice and transpose before packing.
 
     Attributes:
         records: [*lead, n/64 * ceil(k/128), rows, 32] int32, records of one channel block together.
@@ -41,6 +48,8 @@ class Prepacked:
         group: values of k that share a scale, as given to `prepack`; k for whole rows.
         block: channels that share a scale, as given to `prepack`.
         record: format of the records.
+        factor: [*lead, n] or [*lead, 1] float32 that multiplies a channel's result, or None.
+        factor_block: channels that share a factor, as given to `prepack`.
     """
 
     records: jax.Array
@@ -49,6 +58,8 @@ class Prepacked:
     group: int = dataclasses.field(metadata={"static": True})
     block: int = dataclasses.field(metadata={"static": True})
     record: Record = dataclasses.field(metadata={"static": True})
+    factor: jax.Array | None = None
+    factor_block: int = dataclasses.field(default=0, metadata={"static": True})
 
 
 class Plain(NamedTuple):
@@ -56,62 +67,96 @@ class Plain(NamedTuple):
 
     Attributes:
         codes: [*lead, n, k/2] uint8 (4-bit codes, the even k in the low nibble), or
-            [*lead, n, k] int8 or float8_e4m3fn.
-        scales: [*lead, ceil(n/block), ceil(k/group)].
-        zeros: of the scales' shape, uint8, or None.
+            [*lead, n, k] int8 or float8_e4m3fn; a tuple of bit planes for 5 and 6 bits.
+        scales: [*lead, ceil(n/block), ceil(k/group)]; a tuple with the super-scales or factors.
+        zeros: zero points of the scales' shape, uint8, offsets of the scales' build, or None.
     """
 
-    codes: jax.Array
-    scales: jax.Array
-    zeros: jax.Array | None
+    codes: Levels
+    scales: Levels
+    zeros: Levels | None
 
 
-def _check(
-    codes: jax.Array,
-    scales: jax.Array,
-    zeros: jax.Array | None,
-    n: int,
-    k: int,
-    group: int,
-    block: int,
-    operand: int,
-) -> None:
-    def refuse(found: str, rule: str) -> None:
-        raise KernelError(f"prepack: {found}; {rule}")
+class _Parts(NamedTuple):
+    """A weight taken apart: what of `Plain` goes where."""
 
-    if str(codes.dtype) not in ("uint8", "int8", "float8_e4m3fn"):
-        refuse(
-            f"codes are {codes.dtype}", "take uint8 (pairs of 4-bit codes), int8 or float8_e4m3fn"
-        )
+    planes: tuple[jax.Array, ...]
+    scale: jax.Array
+    super_scale: jax.Array | None
+    zero: jax.Array | None
+    super_zero: jax.Array | None
+
+
+def _tuple(levels: Levels | None) -> tuple[jax.Array, ...]:
+    return () if levels is None else levels if isinstance(levels, tuple) else (levels,)
+
+
+def _refuse(found: str, rule: str) -> None:
+    raise KernelError(f"prepack: {found}; {rule}")
+
+
+def _check_codes(planes: tuple[jax.Array, ...], code: str, operand: int) -> tuple[int, int]:
+    """Return (n, k) of the codes after checking them."""
+    if code not in CODES:
+        _refuse(f"code {code!r}", f"take {', '.join(CODES)}")
+    widths = CODES[code].planes
+    dtype = code if widths == (8,) else "uint8"
+    if len(planes) != len(widths) or any(plane.dtype.name != dtype for plane in planes):
+        found = " and ".join(plane.dtype.name for plane in planes)
+        _refuse(f"codes are {found}", f"{code} needs {len(widths)} of {dtype}")
+    *lead, n, width = planes[0].shape
+    k = width * 8 // widths[0]
     if n % CHANNELS or k % 64 or not n or not k:
-        refuse(f"the weight is {n} x {k}", "n and k must be multiples of 64; pad them first")
-    if group not in (32, 64) and group % DEPTH and group < k:
-        refuse(f"group {group}", "groups of 32, 64, multiples of 128 and whole rows are packed")
-    if str(scales.dtype) not in _SCALE_DTYPES:
-        refuse(f"scales are {scales.dtype}", f"take {', '.join(_SCALE_DTYPES)}")
-    expected = (*codes.shape[:-2], cdiv(n, block), cdiv(k, group))
-    if scales.shape != expected:
-        refuse(
-            f"scales {scales.shape}",
-            f"codes {codes.shape}, group {group} and block {block} need {expected}",
-        )
-    if operand not in (8, 16) or (operand == 8 and codes.dtype != jnp.uint8):
-        refuse(f"{operand}-bit operand of {codes.dtype} codes", "16, or 8 for 4-bit codes")
-    if zeros is None:
+        _refuse(f"the weight is {n} x {k}", "n and k must be multiples of 64; pad them first")
+    for plane, bits in zip(planes, widths, strict=True):
+        if plane.shape != (*lead, n, k * bits // 8):
+            _refuse(f"a plane of {bits} bits is {plane.shape}", f"need {(*lead, n, k * bits // 8)}")
+    if operand not in (8, 16) or (operand == 8 and code != "uint4"):
+        _refuse(f"{operand}-bit operand of {code} codes", "16, or 8 for 4-bit codes")
+    return n, k
+
+
+def _check_scales(
+    code: str, parts: _Parts, cells: tuple[int, ...], wide: tuple[int, ...], group: int, k: int
+) -> None:
+    scale, zero, offset = parts.scale, parts.zero, parts.super_zero is not None
+    if scale.dtype.name not in (*_SCALE_DTYPES, *ROTATION):
+        _refuse(f"scales are {scale.dtype}", f"take {', '.join((*_SCALE_DTYPES, *ROTATION))}")
+    product = scale.dtype.name in ("uint8", "int8")
+    if product != (parts.super_scale is not None):
+        _refuse(f"{scale.dtype} scales", "integer scales, and only they, have super-scales")
+    narrow = scale.dtype.name in ROTATION
+    if code == E2M1 and (product or not narrow):
+        _refuse(f"{code} codes with {scale.dtype} scales", "they have e4m3 or e8m0 scales")
+    if narrow and group not in (16, 32):
+        _refuse(f"group {group}", "8-bit scales have groups of 16 or 32")
+    if not narrow and group not in (32, 64) and group % DEPTH and group < k:
+        _refuse(f"group {group}", "groups of 32, 64, multiples of 128 and whole rows are packed")
+    if scale.shape != cells:
+        _refuse(f"scales {scale.shape}", f"this group and block need {cells}")
+    for level in (parts.super_scale, parts.super_zero):
+        if level is not None and (level.dtype != jnp.float16 or level.shape != wide):
+            _refuse(f"super-scales {level.shape} {level.dtype}", f"need {wide} float16")
+    if zero is None:
         return
-    if codes.dtype != jnp.uint8:
-        refuse(f"zero points with {codes.dtype} codes", "only 4-bit codes have zero points")
-    if zeros.shape != expected or zeros.dtype != jnp.uint8:
-        refuse(f"zeros {zeros.shape} {zeros.dtype}", f"need {expected} uint8")
+    if CODES[code].excess == 0 or not (offset or code == "uint4"):
+        _refuse(f"zero points with {code} codes", "only 4-bit integer codes have zero points")
+    if offset and not product:
+        _refuse(f"offsets with {scale.dtype} scales", "only integer scales have offsets")
+    dtype = scale.dtype if offset else jnp.dtype(jnp.uint8)
+    if zero.shape != cells or zero.dtype != dtype:
+        _refuse(f"zeros {zero.shape} {zero.dtype}", f"need {cells} {dtype}")
 
 
 def prepack(
-    codes: jax.Array,
-    scales: jax.Array,
-    zeros: jax.Array | None = None,
+    codes: Levels,
+    scales: Levels,
+    zeros: Levels | None = None,
     *,
+    code: str | None = None,
     group: int | None = None,
     block: int = 1,
+    factor_block: int = 1,
     operand: int = 16,
 ) -> Prepacked:
     """Bring a weight into the order of the kernels; a pure and invertible transform.
@@ -121,64 +166,127 @@ def prepack(
 
     Args:
         codes: [*lead, n, k/2] uint8 pairs of 4-bit codes, the even k in the low nibble, or
-            [*lead, n, k] int8 or float8_e4m3fn.  n and k are multiples of 64.
-        scales: [*lead, ceil(n/block), ceil(k/group)] bf16, f16 or f32.
-        zeros: zero points 0 .. 15 of the scales' shape, uint8; only for 4-bit codes.
-        group: values of k that share a scale: 32, 64, a multiple of 128, or None for all.
+            [*lead, n, k] int8 or float8_e4m3fn, or two planes of uint8, lowest bits first in a
+            byte: [*lead, n, k/2] and [*lead, n, k/8] (5 bits) or [*lead, n, k/4] (6 bits).
+            n and k are multiples of 64.
+        scales: [*lead, ceil(n/block), ceil(k/group)] bf16, f16, f32, or e4m3 or e8m0 (finite), or
+            uint8 (up to 127) or int8.  A second array multiplies: with integer scales
+            [*lead, n, k/256] float16, else [*lead, ceil(n/factor_block), 1] float32.
+        zeros: zero points 0 .. 15 of the scales' shape, uint8, only for 4-bit codes; or a pair of
+            offsets and their super-scales, of the scales' types: a value is
+            code * scale - offset.
+        code: what the codes are; None for uint4 (of uint8 codes) or their own type.
+            "float4_e2m1fn", "uint5" and "uint6" must be named.
+        group: values of k that share a scale: 32, 64, a multiple of 128, or None for all;
+            16, 32 or 64 for 8-bit scales.
         block: channels that share a scale.
+        factor_block: channels that share one of the float32 factors.
         operand: bits of the matmul operand that the codes will become: 16 for `matmul_a16`,
             8 for `matmul_w4a8`.
 
     Raises:
         KernelError: a shape, dtype or group that the format does not have.
     """
-    *lead, n, k = codes.shape
-    k = 2 * k if codes.dtype == jnp.uint8 else k
+    planes = _tuple(codes)
+    code = code or ("uint4" if planes[0].dtype == jnp.uint8 else planes[0].dtype.name)
+    n, k = _check_codes(planes, code, operand)
+    lead = planes[0].shape[:-2]
     group = k if group is None else group
-    _check(codes, scales, zeros, n, k, group, block, operand)
-    code = "uint4" if codes.dtype == jnp.uint8 else str(codes.dtype)
-    small = group if group in (32, 64) else DEPTH
-    record = Record(code, operand, small, str(scales.dtype), zeros is not None)
+    scale, *rest = _tuple(scales)
+    factor = rest.pop() if rest and rest[-1].dtype == jnp.float32 else None
+    zero, super_zero = (*_tuple(zeros), None, None)[:2]
+    parts = _Parts(planes, scale, rest.pop() if rest else None, zero, super_zero)
+    cells = (*lead, cdiv(n, block), cdiv(k, group))
+    _check_scales(code, parts, cells, (*lead, n, cdiv(k, 2 * DEPTH)), group, k)
+    if factor is not None and factor.shape != (*lead, cdiv(n, factor_block), 1):
+        _refuse(f"factors {factor.shape}", f"need {(*lead, cdiv(n, factor_block), 1)}")
+    offset = super_zero is not None
+    small = group if group in (16, 32, 64) else DEPTH
+    record = Record(
+        code,
+        operand,
+        small,
+        scale.dtype.name,
+        zero is not None and not offset,
+        offset,
+        parts.super_scale is not None,
+    )
     pack = functools.partial(_pack, record, n, k, group, block)
     for _ in lead:
         pack = jax.vmap(pack)
-    return Prepacked(pack(codes, scales, zeros), n, k, group, block, record)
+    if factor is not None:
+        factor = factor[..., 0]
+        if factor_block < n:
+            factor = jnp.repeat(factor, factor_block, -1)[..., :n]
+    return Prepacked(pack(parts), n, k, group, block, record, factor, factor_block)
 
 
 def _per_record(values: jax.Array, n: int, k: int, group: int, block: int, small: int) -> jax.Array:
-    """Spread values [ceil(n/block), ceil(k/group)] to [n/64, ceil(k/128), groups, 64]."""
+    """Spread values [ceil(n/block), ceil(k/group)] to [n/64, ceil(k/128), 64, groups]."""
     depth = cdiv(k, DEPTH) * DEPTH
     values = jnp.repeat(values, block, axis=0)[:n]
     values = jnp.repeat(values, cdiv(group, small), axis=1)[:, : cdiv(k, small)]
     values = jnp.pad(values, ((0, 0), (0, depth // small - values.shape[1])))
     values = values.reshape(n // CHANNELS, CHANNELS, depth // DEPTH, DEPTH // small)
-    return values.transpose(0, 2, 3, 1)
+    return values.swapaxes(1, 2)
 
 
-def _pack(
-    record: Record,
-    n: int,
-    k: int,
-    group: int,
-    block: int,
-    codes: jax.Array,
-    scales: jax.Array,
-    zeros: jax.Array | None,
-) -> jax.Array:
+def join_planes(planes: tuple[jax.Array, ...], widths: tuple[int, ...]) -> jax.Array:
+    """Return the codes [n, k] uint8 of their planes."""
+    if widths == (8,):
+        return lax.bitcast_convert_type(planes[0], jnp.uint8)
+    codes, low = jnp.uint8(0), 0
+    for plane, bits in zip(planes, widths, strict=True):
+        shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)
+        part = (plane[..., None] >> shifts) & ((1 << bits) - 1)
+        codes = codes | part.reshape(plane.shape[0], -1) << low
+        low += bits
+    assert isinstance(codes, jax.Array)
+    return codes
+
+
+def split_planes(codes: jax.Array, code: str) -> Levels:
+    """Return the planes of codes [n, k] uint8, or the one array that holds them."""
+    widths, low, planes = CODES[code].planes, 0, []
+    if widths == (8,):
+        return lax.bitcast_convert_type(codes, jnp.dtype(code))
+    for bits in widths:
+        part = (codes >> low & ((1 << bits) - 1)).reshape(codes.shape[0], -1, 8 // bits)
+        shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)
+        planes.append((part << shifts).sum(-1, dtype=jnp.uint8))
+        low += bits
+    return tuple(planes) if len(planes) > 1 else planes[0]
+
+
+def _bytes(values: jax.Array) -> jax.Array:
+    """Return 8-bit values as bytes, since jnp.repeat and jnp.pad do not take every float8."""
+    return lax.bitcast_convert_type(values, jnp.uint8) if values.dtype.itemsize == 1 else values
+
+
+def _pack(record: Record, n: int, k: int, group: int, block: int, parts: _Parts) -> jax.Array:
     """Return the records [n/64 * ceil(k/128), rows, 32] of one weight."""
     depth = cdiv(k, DEPTH) * DEPTH
-    if record.code == "uint4":
-        codes = jnp.stack([codes & 15, codes >> 4], -1).reshape(n, k)
-    codes = lax.bitcast_convert_type(codes, jnp.uint8)
+    codes = join_planes(parts.planes, CODES[record.code].planes)
     codes = jnp.pad(codes, ((0, 0), (0, depth - k)))
     blocks = codes.reshape(n // CHANNELS, CHANNELS, depth // DEPTH, DEPTH).swapaxes(1, 2)
     spread = functools.partial(_per_record, n=n, k=k, group=group, block=block, small=record.group)
-    rows = [write_codes(record, blocks)]
-    scale_rows = write_row_values(spread(scales))
-    rows.append(scale_rows.reshape(*blocks.shape[:2], -1, scale_rows.shape[-1]))
-    if zeros is not None:
-        bits = spread(zeros).astype(jnp.uint16) | ZERO_BITS
-        rows.append(write_row_values(bits)[..., 0, :])
+    wide = functools.partial(_per_record, n=n, k=k, group=2 * DEPTH, block=1, small=DEPTH)
+    own = jnp.dtype(record.scale_dtype)
+
+    def scale_like(values: jax.Array) -> jax.Array:
+        values = spread(_bytes(values))
+        return lax.bitcast_convert_type(values, own) if own.itemsize == 1 else values
+
+    scales = scale_like(parts.scale)
+    rows = [write_codes(record, fold_signs(record, blocks, scales)), write_scale_rows(scales)]
+    if record.offset:
+        assert parts.zero is not None
+        rows.append(write_scale_rows(scale_like(parts.zero)))
+    elif parts.zero is not None:
+        rows.append(write_scale_rows(spread(parts.zero).astype(jnp.uint16) | ZERO_BITS))
+    for level in (parts.super_scale, parts.super_zero):
+        if level is not None:
+            rows.append(write_row_values(wide(level)[..., 0]))
     return jnp.concatenate(rows, axis=2).reshape(-1, record.rows, rows[0].shape[-1])
 
 
@@ -187,7 +295,13 @@ def unpack(weight: Prepacked) -> Plain:
     restore = functools.partial(_unpack, weight)
     for _ in weight.records.shape[:-3]:
         restore = jax.vmap(restore)
-    return restore(weight.records)
+    plain = restore(weight.records)
+    if weight.factor is None:
+        return plain
+    step = weight.factor_block if weight.factor_block < weight.n else 1
+    return plain._replace(
+        scales=(*_tuple(plain.scales), weight.factor[..., ::step, None]),
+    )
 
 
 def _unpack(weight: Prepacked, records: jax.Array) -> Plain:
@@ -199,10 +313,22 @@ def _unpack(weight: Prepacked, records: jax.Array) -> Plain:
         step = cdiv(weight.group, record.group)
         return values[:, : cdiv(k, record.group) : step]
 
-    codes = read_codes(record, records).swapaxes(1, 2).reshape(n, -1)[:, :k]
-    if record.code == "uint4":
-        codes = codes[:, ::2] | codes[:, 1::2] << 4
-    else:
-        codes = lax.bitcast_convert_type(codes, jnp.dtype(record.code))
-    zeros = gather(read_zeros(record, records)) if record.zero else None
-    return Plain(codes, gather(read_scales(record, records)), zeros)
+    def wide(which: int) -> jax.Array:  # super-scales [n, k/256]
+        return read_super(record, records, which).swapaxes(1, 2).reshape(n, -1)[:, ::2]
+
+    scales = read_scales(record, records)
+    codes = fold_signs(record, read_codes(record, records), scales)
+    codes = codes.swapaxes(1, 2).reshape(n, -1)[:, :k]
+    zeros = gather(read_zeros(record, records)) if record.zero_rows else None
+    if not record.product:
+        return Plain(split_planes(codes, record.code), gather(scales), zeros)
+    if zeros is not None:
+        zeros = (zeros, wide(1))
+    return Plain(split_planes(codes, record.code), (gather(scales), wide(0)), zeros)
+
+
+def factor_name(weight: Prepacked) -> str:
+    """Return how the factors of a weight run: "", "one" or "n"."""
+    if weight.factor is None:
+        return ""
+    return "n" if weight.factor.shape[-1] == weight.n else "one"

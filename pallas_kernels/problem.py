@@ -84,8 +84,10 @@ class Problem:
         m, n, k: rows (tokens), output channels and contracted extent, in elements.
         x_dtype, w_dtype, out_dtype: dtype names; sub-byte weights use their logical type ("uint4").
         x_scale: "none", "tensor", "token" or "1x128".
-        w_scale: "none", "tensor", "channel", "<bn>x<bk>" for blocks, "g<size>" for groups along k.
-        zero: layout of the zero points ("tensor", "token" or "group"); "" when there are none.
+        w_scale: "none", "tensor", "channel", "<bn>x<bk>" for blocks, "g<size>" for groups along k
+            (followed by what `stream_config.scale_name` says of their build).
+        zero: layout of the zero points ("tensor", "token" or "group"), or "offset"; "" when there
+            are none.
         bias: dtype name of the bias; "" when there is none.
         fused: what the op does besides, such as "rms" or "gated" before quantizing.
         experts: weights in the stack, for the rows of m between them; 0 for a single weight.
@@ -133,7 +135,8 @@ class Problem:
         """
         if self.op not in ("matmul_a16", "grouped_matmul_a16"):
             return (self.kind,)
-        weight = "uint4 none g128" if self.w_dtype == "uint4" else "int8 none g128 float32"
+        wide = self.w_dtype in ("int8", "float8_e4m3fn")
+        weight = "int8 none g128 float32" if wide else "uint4 none g128"
         return self.kind, f"bfloat16 {weight}"
 
 

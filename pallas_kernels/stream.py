@@ -115,6 +115,9 @@ def stream_matmul(
         # All channels of a tile first: its expert's weights and its rows are read once from DRAM.
         row_tiles, snake = groups.tiles(c.bm), column_tiles
         find_tile = groups.finder(c.bm, interpret)
+    # Whether the last wgmma of a step run on into the next; of two records a step ptxas makes too
+    # many fragments, and would wait for each wgmma where it starts.
+    across = rounded and c.records == 1 and bool(ring or c.lag)
     # The wgmma takes no 32 byte swizzle with int8 in registers: groups of 32 are cut out of 64.
     depth = HALF if rounded or x.dtype == jnp.int8 else min(record.group, HALF)
     make_decoder = reference_decoder if interpret else device_decoder
@@ -267,17 +270,26 @@ def stream_matmul(
             release_x(i)
             return sums
 
+        def release(i):
+            """Refill what only the wgmma of step i still read."""
+            if ring:
+                release_x(i)
+            else:
+                refill_records(i)
+
         def rounded_step(i, accs):
             plgpu.barrier_wait(full.at[warpgroup * slots + slot(i, slots)])
             for j in range(c.records):
                 for half, (_, tile, x_ref) in enumerate(tiles(i, j, range(DEPTH // HALF))):
                     adder.add(accs, 0, tile.operand, x_ref)
                     adder.wait(1)
-                    if j + half == 0:  # the step before has no wgmma under way any more
-                        pl.when(i > 0)(lambda: release_x(i - 1))
-            if not ring:  # the slot holds activations too, which the wgmma reads to its end
+                    if across and j + half == 0:  # the step before has no wgmma under way any more
+                        pl.when(i > 0)(lambda: release(i - 1))
+            if not across:
                 adder.wait(0)
-            refill_records(i)
+                release_x(i)
+            if ring or not across:  # else the slot has activations too, which the wgmma still read
+                refill_records(i)
 
         def accumulate() -> list[jax.Array]:
             """Return the sums over this share of k in pieces [64, width]."""
@@ -290,7 +302,8 @@ def stream_matmul(
             def run_steps(accs):
                 (acc,) = adder.loop(steps, rounded_step, accs)
                 adder.wait(0)
-                return [adder.read(acc, p * width, (p + 1) * width) for p in range(pieces)]
+                read = [adder.read(acc, p * width, (p + 1) * width) for p in range(pieces)]
+                return read if record.unit == 1 else [piece * record.unit for piece in read]
 
             return adder.scoped(1, run_steps)
 

@@ -18,16 +18,38 @@ MAX_BARRIERS = 32
 MAX_COPY = 256
 
 
-def scale_name(record: Record) -> str:
-    """Return the scale layout of a record in the words of `Problem.w_scale`."""
-    wide = " float32" if record.scale_dtype == "float32" else ""
-    return f"g{record.group}{wide}"
+def scale_name(record: Record, factor: str = "") -> str:
+    """Return the scale layout of a weight in the words of `Problem.w_scale`.
+
+    Args:
+        record: format of its records.
+        factor: "one" or "n" for a float32 factor of the result, "" for none.
+    """
+    parts = [f"g{record.group}"]
+    parts += [record.scale_dtype] if record.scale_bits != 16 else []
+    parts += ["super"] if record.product else []
+    parts += [f"factor {factor}"] if factor else []
+    return " ".join(parts)
 
 
-def scale_layout(problem: Problem) -> tuple[int, bool]:
-    """Return the group of a problem's weight scales, and whether they have 32 bits."""
-    group, *wide = problem.w_scale[1:].split()
-    return int(group), bool(wide)
+def zero_name(record: Record) -> str:
+    """Return the zero points of a record in the words of `Problem.zero`."""
+    return "group" if record.zero else "offset" if record.offset else ""
+
+
+def record_of(problem: Problem) -> Record:
+    """Return the format of a problem's records, up to which 16-bit type the scales have."""
+    group, *rest = problem.w_scale[1:].split()
+    scale = rest[0] if rest and rest[0] not in ("super", "factor") else "bfloat16"
+    operand = 8 * jnp.dtype(problem.x_dtype).itemsize
+    zero, offset = problem.zero == "group", problem.zero == "offset"
+    return Record(problem.w_dtype, operand, int(group), scale, zero, offset, "super" in rest)
+
+
+def factor_of(problem: Problem) -> str:
+    """Return how the factor of a problem's result runs: "", "one" or "n"."""
+    *_, last = problem.w_scale.split()
+    return last if "factor" in problem.w_scale else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +65,9 @@ class StreamConfig(Config):
         records: records in a slot.
         ring: steps of activations that the `nw` warpgroups share; 0 if each warpgroup brings its
             own with its records.
-        lag: steps by which the refill of the shared ring trails the release of a slot.
+        lag: steps by which the refill of the shared ring trails the release of a slot.  Without a
+            ring, with one record in a slot and scales rounded into the operand: whether a slot is
+            refilled in the next step (1), or after waiting for the last wgmma of its own (0).
         snake: width in tiles of the snake in which output tiles are visited, for L2 reuse.
     """
 
@@ -64,9 +88,7 @@ class StreamConfig(Config):
 
     def smem_bytes(self, problem: Problem) -> int:
         """Return the shared memory of a block, in bytes."""
-        group, wide = scale_layout(problem)
-        codes = 32 if problem.w_dtype == "uint4" else 64
-        rows = codes + DEPTH // group * (1 + wide + bool(problem.zero))
+        rows = record_of(problem).rows
         x_bytes = self.bm * DEPTH * jnp.dtype(problem.x_dtype).itemsize
         activations = self.kw * self.ring if self.ring else self.workers * self.slots
         stage = self.nw * self.stage * CHANNELS * 2
@@ -103,8 +125,9 @@ class StreamConfig(Config):
             return "lag must be below ring"
         if self.nw > 1 and not self.ring and self.kw > 1:
             return "warpgroups side by side and over k need a shared ring"
-        if problem.bias and self.nw * CHANNELS > MAX_COPY:
-            return f"one copy brings the bias of at most {MAX_COPY} channels"
+        vectors = problem.bias or factor_of(problem) == "n"
+        if vectors and self.nw * CHANNELS > MAX_COPY:
+            return f"one copy brings the vectors of at most {MAX_COPY} channels"
         if self.workers > 8:
             return "a block has at most 8 warpgroups"
         if max(self.workers * self.slots, self.kw * self.ring) > MAX_BARRIERS:

@@ -12,19 +12,17 @@ from pallas_kernels.grouped_a16 import grouped_a16_problem
 from pallas_kernels.matmul_a16 import a16_problem
 from pallas_kernels.matmul_w4a8 import w4a8_problem
 from pallas_kernels.prepack import Prepacked
-from pallas_kernels.record import CHANNELS, DEPTH, code_values, read_codes, read_scales, read_zeros
+from pallas_kernels.record import CHANNELS, DEPTH
+from pallas_kernels.record_values import values as record_values
 
 
 def dequantize(weight: Prepacked) -> jax.Array:
     """Return the weight [*lead, n, k] in float32."""
-    record = weight.record
     lead = weight.records.shape[:-3]
-    zeros = read_zeros(record, weight.records) if record.zero else None
-    values = code_values(record, read_codes(record, weight.records), zeros)
-    scales = read_scales(record, weight.records).astype(jnp.float32)
-    values = values * jnp.repeat(scales, record.group, axis=-1)
+    values = record_values(weight.record, weight.records)
     blocks = values.reshape(*lead, weight.n // CHANNELS, -1, CHANNELS, DEPTH)
-    return jnp.swapaxes(blocks, -3, -2).reshape(*lead, weight.n, -1)[..., : weight.k]
+    dense = jnp.swapaxes(blocks, -3, -2).reshape(*lead, weight.n, -1)[..., : weight.k]
+    return dense if weight.factor is None else dense * weight.factor[..., None]
 
 
 def _dot(x: jax.Array, w: jax.Array) -> jax.Array:

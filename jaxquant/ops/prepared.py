@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 import pallas_kernels as pk
-from jaxquant.arrays.layout import WHOLE, Layout
+from jaxquant.arrays.layout import WHOLE, Layout, packed_grids
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.arrays.scheme import ActSpec
 
@@ -71,23 +71,69 @@ def _operand_bits(q: QTensor) -> int:
     return 16 if q.act is None else 8
 
 
+# What the kernels call a code: signed codes of less than 8 bits are stored in excess form.
+KERNEL_CODES = {
+    "int4": "uint4",
+    "uint4": "uint4",
+    "int5": "uint5",
+    "uint5": "uint5",
+    "int6": "uint6",
+    "int8": "int8",
+    "e4m3": "float8_e4m3fn",
+    "e2m1": "float4_e2m1fn",
+}
+SUPER_BLOCK = (1, 256)
+"""Grid of the super-scales of GGUF's K-quants."""
+
+
+def _refused_codes(layout: Layout) -> str | None:
+    code = layout.code
+    if code.name not in KERNEL_CODES:
+        return f"{code.name} codes are not packed for kernels"
+    if layout.data != packed_grids(code, layout.axes, "in", 8):
+        return "codes are not packed along 'in'"
+    if code.kind == "uint" and layout.affine == "symmetric":
+        return "unsigned codes without zero points are not packed for kernels"
+    return None
+
+
+def _refused_scales(q: QTensor) -> str | None:
+    """Why the kernels have no such scales or zero points; their dtypes are left to `prepack`."""
+    layout = q.layout
+    if not layout.scales or layout.scales[0][0] == WHOLE:
+        return f"scales of {layout.scales} are not packed for kernels"
+    first, *more = layout.scales
+    if more and more != [SUPER_BLOCK] and not (len(more) == 1 and more[0][1] == WHOLE):
+        return f"a second scale of {more} is not packed for kernels"
+    if layout.affine == "offset" and (layout.zeros != layout.scales or more != [SUPER_BLOCK]):
+        return "offsets are packed for kernels only with integer scales and super-scales, like them"
+    if layout.affine == "zero_point":
+        if layout.zeros != (first,) or str(q.zeros[0].dtype) != "uint8":
+            return "zero points must lie on the scale's grid"
+        if layout.code.name != "uint4":
+            return f"zero points of {layout.code.name} codes are not packed for kernels"
+    return None
+
+
+def _refused_activations(q: QTensor) -> str | None:
+    act = q.act
+    if act is None:
+        return None
+    if act.code.bits < 8:
+        return f"activations {act} are emulated: this GPU multiplies no {act.code.name} operands"
+    if KERNEL_CODES[q.layout.code.name] != "uint4" or len(q.scales) > 1:
+        return f"{q.layout.code.name} codes are not packed for 8-bit activations"
+    if act.granularity != "token" or not act.symmetric:
+        return f"activations {act} have no kernel beside 4-bit weights"
+    return None
+
+
 def refusal(q: QTensor) -> str | None:
     """Why no kernel reads ``q`` in an order of its own, or None when one does."""
-    layout = q.layout
-    if layout.axes != ("out", "in"):
+    if q.layout.axes != ("out", "in"):
         return "axes are not ('out', 'in')"
-    four_bit = layout.code.name in ("int4", "uint4") and layout.data == ((1, 2),)
-    if not four_bit and (q.act is not None or layout.code.name not in ("int8", "e4m3")):
-        return f"{layout.code.name} codes are not packed for kernels"
-    if len(layout.scales) != 1 or layout.affine == "offset":
-        return "one scale and no offset are packed for kernels"
-    if layout.zeros and (layout.zeros != layout.scales or str(q.zeros[0].dtype) != "uint8"):
-        return "zero points must lie on the scale's grid"
-    block, group = layout.scales[0]
-    if block == WHOLE or (layout.code.name != "uint4" and layout.zeros):
-        return f"a scale of {block} x {group} is not packed for kernels"
-    if q.act is not None and (q.act.granularity != "token" or not q.act.symmetric):
-        return f"activations {q.act} have no kernel beside 4-bit weights"
+    if reason := _refused_codes(q.layout) or _refused_scales(q) or _refused_activations(q):
+        return reason
     try:
         jax.eval_shape(_pack, q)
     except pk.KernelError as error:
@@ -95,15 +141,27 @@ def refusal(q: QTensor) -> str | None:
     return None
 
 
+def _levels(leaves: tuple[Any, ...]) -> Any:
+    """Leaves as the kernels' packing takes them: one array, or a tuple of several."""
+    return leaves[0] if len(leaves) == 1 else leaves or None
+
+
+def _leaves(levels: Any) -> tuple[Any, ...]:
+    """Inverse of :func:`_levels`."""
+    return () if levels is None else levels if isinstance(levels, tuple) else (levels,)
+
+
 def _pack(q: QTensor) -> pk.Prepacked:
-    block, group = q.layout.scales[0]
-    zeros = q.zeros[0] if q.zeros else None
+    (block, group), *more = q.layout.scales
+    factor_block = more[0][0] if more and more[0][1] == WHOLE else 1
     return pk.prepack(
-        q.data[0],
-        q.scales[0],
-        zeros,
+        _levels(q.data),
+        _levels(q.scales),
+        _levels(q.zeros),
+        code=KERNEL_CODES[q.layout.code.name],
         group=None if group == WHOLE else group,
         block=block,
+        factor_block=q.extent("out") if factor_block == WHOLE else factor_block,
         operand=_operand_bits(q),
     )
 
@@ -120,11 +178,10 @@ def prepare(q: QTensor) -> QTensor | Prepared:
 def unprepare(weight: Prepared) -> QTensor:
     """Exact inverse of :func:`prepare`."""
     plain = pk.unpack(weight.packed)
-    zeros = () if plain.zeros is None else (plain.zeros,)
     return QTensor(
-        (plain.codes,),
-        (plain.scales,),
-        zeros,
+        _leaves(plain.codes),
+        _leaves(plain.scales),
+        _leaves(plain.zeros),
         weight.layout,
         weight.perm,
         weight.act_scale,

@@ -16,19 +16,39 @@ import pallas_kernels as pk
 from jaxquant.arrays.codes import CODES
 from jaxquant.arrays.scheme import ActSpec
 from jaxquant.errors import KernelError, LayoutError
+from jaxquant.formats import gguf
+from jaxquant.formats.gguf_types import TYPES
 from jaxquant.nn.prepare import unprepare_model
 from jaxquant.ops.prepared import Prepared, prepare, unprepare
 from tests.ops import oracle
 
 A8 = ["fp8", "fp8_tensor", "fp8_b128", "w8a8", "w8a8_b128"]
 PACKED = ["w4a16_g128", "w4a16_g32", "w4a16_g64_asym", "w4a16", "w8a16", "fp8a16"]
-PACKED += ["w4a8_g128", "w4afp8_g128"]
+GGUF = ["Q4_0", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
+PACKED += ["w4a8_g128", "w4afp8_g128", "nvfp4a16", "mxfp4a16", "mxfp8a16"]
 SHAPE = (128, 512)
 
 
 def weight(scheme, shape=SHAPE, seed=0):
     w = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
     return jq.quantize(w, scheme, ("out", "in"))
+
+
+def gguf_weight(name, shape=SHAPE, seed=0):
+    """A weight as GGUF files hold it: random codes and sub-scales, moderate float16 scales."""
+    kind, fmt = TYPES[name], gguf.BLOCK_FORMATS[name]
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (shape[0] * shape[1] // kind.elements, kind.bytes), np.uint8)
+    parts = fmt.split(blocks)
+
+    def tame(leaf):
+        narrow = leaf.dtype.itemsize == 1
+        return leaf if narrow else (rng.uniform(0.5, 1, leaf.shape) / 64).astype(leaf.dtype)
+
+    parts = parts._replace(
+        scales=tuple(map(tame, parts.scales)), zeros=tuple(map(tame, parts.zeros))
+    )
+    return jax.tree.map(jnp.asarray, gguf.decode(fmt.join(parts).reshape(-1), kind, shape))
 
 
 def activation(rows=5, width=SHAPE[1]):
@@ -50,6 +70,17 @@ def test_kernels_agree_with_the_xla_path(scheme):
     assert compare(x, q, packed) < 4e-3
     other = prepare(weight(scheme, seed=1))
     assert compare(x, q, other) > 0.5, "another weight must not pass"
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", GGUF)
+def test_gguf_weights_stay_packed(name):
+    """Integer scales times super-scales are rounded to bfloat16 before the weight is."""
+    q, x = gguf_weight(name), activation()
+    packed = prepare(q)
+    assert isinstance(packed, Prepared) and packed.nbytes <= 1.06 * q.nbytes
+    assert compare(x, q, packed) < 6e-3
+    assert compare(x, q, prepare(gguf_weight(name, seed=1))) > 0.5, "another weight must not pass"
 
 
 @pytest.mark.interpret
@@ -90,9 +121,9 @@ def test_levels_of_another_producer_are_kept():
     assert compare(activation(), q, weight("w8a8")) > 1e-4, "127 levels are another scale"
 
 
-@pytest.mark.parametrize("scheme", A8 + PACKED + ["w3a16_g64", "bf16"])
+@pytest.mark.parametrize("scheme", A8 + PACKED + GGUF + ["w3a16_g64", "nvfp4", "bf16", "Q4_1"])
 def test_prepare_is_exactly_invertible(scheme):
-    q = weight(scheme)
+    q = gguf_weight(scheme) if scheme.startswith("Q") else weight(scheme)
     packed = prepare(q)
     if not isinstance(packed, Prepared):
         assert packed is q
@@ -115,6 +146,11 @@ def reasons_of(x, q):
 def test_every_refusal_has_its_reason():
     x = activation()
     assert "int3" in reasons_of(x, weight("w3a16_g64"))["matmul_a16"]
+    assert "emulated" in reasons_of(x, weight("nvfp4"))["matmul_w4a8"]
+    assert "uint2" in reasons_of(x, gguf_weight("Q2_K"))["matmul_a16"]
+    assert "offsets" in reasons_of(x, gguf_weight("Q5_1"))["matmul_a16"]
+    half = reasons_of(x.astype(jnp.float16), prepare(weight("mxfp4a16")))["matmul_a16"]
+    assert "range of bfloat16" in half
     assert "kernel order" in reasons_of(x, weight("w4a16_g64"))["matmul_a16"]
     turned = jq.quantize(np.ones((512, 128), np.float32), "fp8", ("in", "out"))
     assert "to_axes" in reasons_of(x, turned)["matmul_a8"]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from a16_cases import FORMATS, NARROW, Case
+from a16_cases import FORMATS, NARROW, TWO_LEVEL, Case
 
 from pallas_kernels import KernelError, matmul_a16, matmul_w4a8, unpack
 from pallas_kernels.a16_configs import A16DecodeConfig, A16PrefillConfig
@@ -16,7 +16,7 @@ from pallas_kernels.matmul_w4a8 import W4A8_KERNELS, W4A8Config, w4a8_problem
 from pallas_kernels.problem import select, tuned_table
 from pallas_kernels.xla_a16 import xla_matmul_a16, xla_matmul_w4a8
 
-ALL = (*FORMATS, *NARROW)
+ALL = (*FORMATS, *TWO_LEVEL, *NARROW)
 
 
 def tolerance(case: Case, rounded: bool = False) -> float:
@@ -50,7 +50,7 @@ def test_every_format_under_the_interpreter(interpret, case):
     if case.group == 32 and not case.narrow:  # rounded, yet within the bound of exact scales
         config = A16PrefillConfig(8, kw=2)
     case = dataclasses.replace(case, m=5, n=64, k=case.k if case.k % 128 else 384)
-    check_interpreted(interpret, case, config)
+    check_interpreted(interpret, case, config, case in TWO_LEVEL)
 
 
 @pytest.mark.interpret

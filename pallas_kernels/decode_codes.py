@@ -1,0 +1,155 @@
+"""From the words of codes to wgmma operands, in registers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jax.experimental.mosaic.gpu import utils as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith
+
+from pallas_kernels.record import CODES, E2M1, E2M1_BITS, E4M3, Record
+from pallas_kernels.registers import Bits, splat
+
+# By how many powers of two a decoded pair is too small: e2m1 codes stay subnormal numbers, and the
+# scale that multiplies them lifts them.
+LIFT = {"bf16": 126, "f16": 14}
+
+
+def is_bf16(element: ir.Type) -> bool:
+    """Return whether an element type is bf16 (else it is f16)."""
+    return element == ir.BF16Type.get()
+
+
+def _unsigned_to_pairs(
+    bits: Bits,
+    record: Record,
+    words: tuple[ir.Value, ir.Value | None, int],
+    half: int,
+    far: int,
+    zero: ir.Value,
+    element: ir.Type,
+) -> ir.Value:
+    # The code becomes the low end of the mantissa of 128 (bf16) or 1024 (f16): exact.
+    word, high, index = words
+    magic = 0x43004300 if is_bf16(element) else 0x64006400
+    y = bits.pick(bits.right(word, 4 * (half + 2 * far)), 0x000F000F, magic)
+    if high is not None:
+        width = CODES[record.code].planes[1]
+        place = width * (4 * index + 2 * far + half)
+        moved = bits.right(high, place - 4) if place > 4 else bits.left(high, 4 - place)
+        y = bits.pick(moved, 0x00100010 if width == 1 else 0x00300030, y)
+    return arith.subf(bits.as_vector(y, element), zero)
+
+
+def _e2m1_to_pairs(bits: Bits, word: ir.Value, pair: int, element: ir.Type) -> ir.Value:
+    """Place sign, exponent and mantissa; the result is 2**-LIFT of the code's value."""
+    mantissa, _, _, sign = E2M1_BITS[pair]
+    target = 6 if is_bf16(element) else 9
+    body = 0x01C001C0 if is_bf16(element) else 0x0E000E00
+    if target - mantissa == 15 - sign:  # one shift places both
+        return bits.as_vector(bits.pick(bits.left(word, 15 - sign), body | 0x80008000), element)
+    if is_bf16(element) and target > mantissa:
+        # A product with two powers of two shifts twice, and the summands have no bit in common.
+        kept = bits.pick(word, 0x00010001 * (7 << mantissa | 1 << sign))
+        both = arith.muli(kept, bits.mask((1 << target - mantissa) + (1 << 15 - sign)))
+        return bits.as_vector(bits.pick(both, body | 0x80008000), element)
+    shift = target - mantissa
+    moved = bits.left(word, shift) if shift >= 0 else bits.right(word, -shift)
+    signed = bits.pick(bits.left(word, 15 - sign), 0x80008000, bits.pick(moved, body))
+    return bits.as_vector(signed, element)
+
+
+def _int8_to_pairs(bits: Bits, word: ir.Value, half: int, element: ir.Type) -> ir.Value:
+    y = bits.right(word, 8 * half)
+    if element == ir.BF16Type.get():
+        # 7 bits fit the mantissa of 128; the sign bit turns the 128 that is subtracted into 256.
+        low = arith.ori(arith.andi(y, bits.mask(0x007F007F)), bits.const(0x43004300))
+        sign = arith.ori(arith.andi(y, bits.mask(0x00800080)), bits.const(0x43004300))
+        return arith.subf(bits.as_vector(low, element), bits.as_vector(sign, element))
+    biased = arith.xori(arith.andi(y, bits.mask(0x00FF00FF)), bits.const(0x64806480))
+    return arith.subf(bits.as_vector(biased, element), splat(element, 1024.0 + 128.0))
+
+
+def _e4m3_to_pairs(bits: Bits, word: ir.Value, half: int, element: ir.Type) -> ir.Value:
+    # Move exponent and mantissa to their places and correct the exponent bias by a product,
+    # which also normalises subnormal codes: exact.
+    bf16 = element == ir.BF16Type.get()
+    y = word if half else bits.left(word, 8)
+    body = bits.right(y, 4 if bf16 else 1)
+    body = arith.andi(body, bits.mask(0x07F007F0 if bf16 else 0x3F803F80))
+    joined = arith.ori(arith.andi(y, bits.mask(0x80008000)), body)
+    bias = splat(element, 2.0**120 if bf16 else 2.0**8)
+    return arith.mulf(bits.as_vector(joined, element), bias)
+
+
+def _uint4_to_int8(bits: Bits, word: ir.Value, half: int, zero: ir.Value | None) -> ir.Value:
+    if zero is None:  # 16 (u - 8): the flipped code is the high nibble
+        y = word if half else bits.left(word, 4)
+        return arith.xori(arith.andi(y, bits.mask(0xF0F0F0F0)), bits.const(0x80808080))
+    # 128 + u - zero lies in 113 .. 143, so nothing is borrowed from a neighbour.
+    y = arith.andi(bits.right(word, 4 * half), bits.mask(0x0F0F0F0F))
+    y = arith.subi(arith.ori(y, bits.mask(0x80808080)), zero)
+    return arith.xori(y, bits.mask(0x80808080))
+
+
+def _uint4_to_e4m3(bits: Bits, word: ir.Value, half: int, zero: ir.Value | None) -> ir.Value:
+    # The e4m3 bytes 0 .. 15 are exactly 0 .. 15 times 2**-9, the least subnormal.
+    y = arith.andi(bits.right(word, 4 * half), bits.mask(0x0F0F0F0F))
+    eight = bits.mask(0x08080808) if zero is None else zero
+    y = arith.subi(arith.ori(y, bits.mask(0x80808080)), eight)  # 128 + v
+    negative = arith.andi(
+        bits.right(arith.xori(y, bits.const(0xFFFFFFFF)), 7), bits.mask(0x01010101)
+    )
+    # v >= 0: clear the top bit.  v < 0: 256 - (128 + v) = sign bit and magnitude.
+    flip = arith.addi(arith.muli(negative, bits.const(0x7F)), bits.mask(0x80808080))
+    return arith.addi(arith.xori(y, flip), negative)
+
+
+def operand_pair(
+    bits: Bits,
+    record: Record,
+    words: tuple[ir.Value, ir.Value | None, int],
+    half: int,
+    far: int,
+    zero: Any,
+    element: ir.Type,
+) -> ir.Value:
+    """Decode two codes to a pair of bf16 or f16.
+
+    Args:
+        bits: the arithmetic.
+        record: format.
+        words: the word of the low plane, that of the high plane or None, and which of the low
+            words that share the latter it is.
+        half: which half of the fragment, as in `Record.fields`.
+        far: which codes of the low word, as in `Record.fields`.
+        zero: the pair that `zero_operand` made.
+        element: bf16 or f16.
+    """
+    if record.code == E2M1:
+        return _e2m1_to_pairs(bits, words[0], half + 2 * far, element)
+    if record.code == E4M3:
+        return _e4m3_to_pairs(bits, words[0], half, element)
+    if record.code == "int8":
+        return _int8_to_pairs(bits, words[0], half, element)
+    return _unsigned_to_pairs(bits, record, words, half, far, zero, element)
+
+
+def operand_bytes(bits: Bits, word: ir.Value, half: int, zero: Any, int8: bool) -> ir.Value:
+    """Decode four uint4 codes to int8 or e4m3."""
+    return (_uint4_to_int8 if int8 else _uint4_to_e4m3)(bits, word, half, zero)
+
+
+def zero_operand(
+    bits: Bits, record: Record, word: ir.Value | None, half: int, element: ir.Type
+) -> ir.Value | None:
+    """Return what the decoding of unsigned codes subtracts, from a word of the zero point row."""
+    if record.operand == 8:
+        return word and mgpu.prmt(word, word, bits.const(0x2222 if half else 0))
+    if word is None:
+        return splat(element, (128.0 if is_bf16(element) else 1024.0) + record.excess)
+    pair = bits.splat16(word, half)
+    if not is_bf16(element):  # from the bits of the bf16 128 to those of the f16 1024
+        pair = arith.xori(pair, bits.const(0x27002700))
+    return bits.as_vector(pair, element)
