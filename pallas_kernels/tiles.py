@@ -58,13 +58,19 @@ def load(ref: Any, layout: Any) -> jax.Array:
     return plgpu.layout_cast(ref[...], layout)
 
 
-def store_scattered(ref: Any, value: jax.Array) -> None:
-    """Write registers to global memory whose elements lie apart: sectors are written in part.
+def load_global(ref: Any, layout: Any) -> jax.Array:
+    """Read global memory into registers in a given layout, without shared memory in between."""
+    index = () if hasattr(plgpu, "InterpretGPUParams") else (...,)  # jax 0.10 wants one
+    return plgpu.load(ref, *index, layout=layout, optimized=False)
 
-    jax 0.11 refuses that of a plain assignment, and 0.10 knows no other.
+
+def store_global(ref: Any, value: jax.Array) -> None:
+    """Write registers to global memory, without shared memory in between.
+
+    jax 0.12 refuses that of a plain assignment, and earlier ones know no other.
     """
     if hasattr(plgpu, "store"):
-        getattr(plgpu, "store")(ref, value, optimized=False)  # noqa: B009 - absent in 0.10
+        getattr(plgpu, "store")(ref, value, optimized=False)  # noqa: B009
     else:
         ref[...] = value
 

@@ -14,7 +14,8 @@ from pallas_kernels.a8_problem import GROUP
 from pallas_kernels.grouped_a8 import grouped_a8_problem
 from pallas_kernels.matmul_a8 import a8_problem
 from pallas_kernels.problem import Config
-from pallas_kernels.quantize import LARGEST, TINY, Quantized, ScaleLayout, quantize_problem
+from pallas_kernels.quantize import Quantized, ScaleLayout, quantize_problem
+from pallas_kernels.quantize_rows import LARGEST, TINY
 
 
 def _contract(x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

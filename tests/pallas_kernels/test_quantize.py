@@ -11,7 +11,8 @@ import pytest
 
 from pallas_kernels import KernelError, xla
 from pallas_kernels.problem import H200
-from pallas_kernels.quantize import QUANTIZE_KERNELS, quantize, quantize_problem
+from pallas_kernels.quantize import quantize, quantize_problem
+from pallas_kernels.quantize_rows import QUANTIZE_KERNELS, QuantizeConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,18 @@ def check(case: Case, got, operands: dict) -> None:
         assert (top >= (448 if case.dtype == "float8_e4m3fn" else 127)).all()
 
 
+def distance(case: Case, got, want) -> float:
+    """Return how far the values of any row lie from those wanted, relative to the row."""
+    spread = (got.scale, want.scale)
+    if case.layout == "1x128":
+        spread = (jnp.repeat(scale.T[: case.m], 128, axis=1) for scale in spread)
+    (x, y) = (
+        (q.codes.astype(jnp.float32) - (0 if q.zero is None else q.zero)) * scale
+        for q, scale in zip((got, want), spread, strict=True)
+    )
+    return float((jnp.linalg.norm(x - y, axis=1) / jnp.linalg.norm(y, axis=1)).max())
+
+
 def with_tokens(m: int) -> list[Case]:
     """Return all cases at a number of tokens."""
     return [dataclasses.replace(case, m=m) for case in CASES]
@@ -106,12 +119,27 @@ def with_tokens(m: int) -> list[Case]:
 @pytest.mark.interpret
 @pytest.mark.parametrize("case", with_tokens(5), ids=str)
 def test_interpreted(interpret, case, monkeypatch):
-    # Few blocks, so that a block has several rows and its ring of slots turns.
     module = sys.modules["pallas_kernels.quantize"]  # the attribute of that name is the function
     monkeypatch.setattr(module, "current_device", lambda: SMALL)
     quantize.clear_cache()
     operands = case.operands()
     check(case, interpret(quantize, **operands, **case.options), operands)
+
+
+SHARED = [
+    Case(3, dtype="int8", asymmetric=True, fused="rms"),
+    Case(3, layout="1x128", fused="rms"),
+    Case(3, layout="1x128", fused="gated"),
+]
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("case", SHARED, ids=str)
+def test_interpreted_in_parts(interpret, case):
+    """Two warpgroups of a block, or two blocks, share a row."""
+    operands = case.operands()
+    got = interpret(quantize, **operands, **case.options, config=QuantizeConfig(2))
+    check(case, got, operands)
 
 
 @pytest.mark.parametrize("m", [1, 13])
@@ -204,3 +232,27 @@ def test_gpu(m, k):
             continue
         operands = case.operands()
         check(case, jax.device_get(quantize(**operands, **case.options)), operands)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gpu_every_config(case):
+    """Many rows at once, judged by the XLA twin, and the same bits each time."""
+    case = dataclasses.replace(case, m=3001, k=14336)
+    operands = case.operands()
+    want = xla.quantize(**operands, **case.options)
+    problem = quantize_problem(**operands, **case.options)
+    for config in QUANTIZE_KERNELS[0].candidates(problem):
+        got = quantize(**operands, **case.options, config=config)
+        assert distance(case, got, want) < 6e-3, config
+        for _ in range(3):
+            again = quantize(**operands, **case.options, config=config)
+            assert (again.codes.view(jnp.uint8) == got.codes.view(jnp.uint8)).all(), config
+
+
+def test_distance_sees_a_wrong_row():
+    """Negative control of the GPU test above: one row in 500 has the scale of another."""
+    case = Case(500, k=512)
+    want = xla.quantize(**case.operands(), **case.options)
+    assert distance(case, want._replace(scale=want.scale.at[3].mul(1.5)), want) > 6e-3
+    assert distance(case, want, want) == 0
