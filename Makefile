@@ -25,12 +25,20 @@ FUZZ_SECONDS ?= 60
 	$(BIN312)/python -m pip install --quiet --editable '.[test,notebooks]' 'jax>=0.11'
 	touch $@
 
+# The packages that exported checkpoints are read back with; torch keeps out of the other two.
+PEERS := tests/peers/requirements.txt tests/peers/requirements-nodeps.txt
+.venvpeers/.installed: $(PEERS)
+	$(PYTHON) -m venv .venvpeers
+	.venvpeers/bin/python -m pip install --quiet -r $(word 1,$(PEERS))
+	.venvpeers/bin/python -m pip install --quiet --no-deps -r $(word 2,$(PEERS))
+	touch $@
+
 demo: .venv/.installed
 	$(BIN)/python -m jaxquant demo --out demo_output
 
 test: test311 test-interpret
 
-test311: .venv/.installed
+test311: .venv/.installed .venvpeers/.installed
 	$(BIN)/python $(PYTEST) -m 'not gpu and not interpret'
 
 # The GPU interpreter and its race detector need jax 0.11, which needs Python 3.12.  CI must have it.
@@ -44,7 +52,7 @@ else
 	NPROC=16 $(BIN312)/python $(PYTEST) -m 'interpret and not gpu' tests/pallas_kernels tests/ops
 endif
 
-test312: .venv312/.installed
+test312: .venv312/.installed .venvpeers/.installed
 	NPROC=16 $(BIN312)/python $(PYTEST) -m 'not gpu'
 
 # Worker processes that compile while one of them uses the GPU; needs jax[cuda13] and a Hopper GPU.
@@ -65,4 +73,4 @@ format: .venv/.installed
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv .venv312 demo_output fuzz_output
+	rm -rf .venv .venv312 .venvpeers demo_output fuzz_output

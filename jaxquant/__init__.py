@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jaxquant.configs import BlockInt8Config as BlockInt8Config
     from jaxquant.configs import Fp8Config as Fp8Config
     from jaxquant.configs import GPTQConfig as GPTQConfig
+    from jaxquant.convert import export_pretrained as export_pretrained
     from jaxquant.convert import from_pretrained as from_pretrained
     from jaxquant.convert import read_quantized as read_quantized
     from jaxquant.convert import save_pretrained as save_pretrained
@@ -52,7 +53,12 @@ _HOMES = {
     "jaxquant.arrays.qtensor": ("QTensor",),
     "jaxquant.arrays.scheme": ("Scheme",),
     "jaxquant.configs": ("AWQConfig", "BlockInt8Config", "Fp8Config", "GPTQConfig"),
-    "jaxquant.convert": ("from_pretrained", "read_quantized", "save_pretrained"),
+    "jaxquant.convert": (
+        "export_pretrained",
+        "from_pretrained",
+        "read_quantized",
+        "save_pretrained",
+    ),
     "jaxquant.errors": (
         "ConfigError",
         "FormatError",

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 from jaxquant.errors import JaxquantError
 
+EXPORTS = ("compressed-tensors", "gptq", "awq", "fp8", "gguf")
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -38,9 +40,11 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("export", help="write a checkpoint that other tools read")
     verb.add_argument("source", help="checkpoint directory or .gguf file")
-    verb.add_argument("destination", help="file to create; it must not exist")
-    verb.add_argument("--format", choices=["gguf"], required=True)
-    verb.add_argument("--kind", help="Q8_0, Q4_0, F32, F16, BF16; by default every weight exactly")
+    verb.add_argument("destination", help="directory (gguf: file) to create; it must not exist")
+    verb.add_argument("--format", choices=EXPORTS, required=True)
+    verb.add_argument("--scheme", help="quantize every linear of the layers first, e.g. w4a16_g128")
+    verb.add_argument("--plan", help="YAML plan: the precision and source of each weight")
+    verb.add_argument("--kind", help="gguf: Q8_0, Q4_0, F32, F16 or BF16 for all weights")
 
     verb = verbs.add_parser("generate", help="generate text")
     verb.add_argument("model", help="checkpoint directory or .gguf file")

@@ -65,17 +65,26 @@ def convert(arguments: argparse.Namespace) -> None:
         model = jq.quantize_model(model, {r"model\.layers\..*": arguments.scheme})
     jq.save_pretrained(model, destination)
     print(model.report)
-    size = sum(f.stat().st_size for f in destination.rglob("*") if f.is_file())
-    print(f"{destination}: {size / 2**20:.1f} MiB")
+    print(f"{destination}: {_mebibytes(destination):.1f} MiB")
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """Write a GGUF file."""
-    from jaxquant.convert.export import export_checkpoint
+    """Write a checkpoint for other tools."""
+    destination = Path(arguments.destination)
+    jq.export_pretrained(
+        arguments.source,
+        destination,
+        format=arguments.format,
+        scheme=arguments.scheme,
+        plan=arguments.plan,
+        kind=arguments.kind,
+    )
+    print(f"{destination}: {_mebibytes(destination):.1f} MiB")
 
-    export_checkpoint(arguments.source, arguments.destination, arguments.kind)
-    size = Path(arguments.destination).stat().st_size
-    print(f"{arguments.destination}: {size / 2**20:.1f} MiB")
+
+def _mebibytes(path: Path) -> float:
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file()) / 2**20
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:

@@ -34,7 +34,7 @@ from jaxquant.tokenize import Tokenizer
 AHEAD = 2
 
 
-class _Reader:
+class ReadAhead:
     """Loads items in a known order, a little ahead of their use, in threads."""
 
     def __init__(
@@ -48,7 +48,7 @@ class _Reader:
         self._pending = collections.deque()
         self._last: Item | None = None
 
-    def __enter__(self) -> _Reader:
+    def __enter__(self) -> ReadAhead:
         for _ in range(AHEAD):
             self._submit()
         return self
@@ -139,7 +139,7 @@ def from_pretrained(
         total = sum(items[name].nbytes for name in order)
         with (
             byte_progress(f"loading {path.name}", total) as advance,
-            _Reader(items, order, advance) as load,
+            ReadAhead(items, order, advance) as load,
         ):
             model = build_model(
                 source.config,
@@ -158,7 +158,7 @@ def from_pretrained(
     return model
 
 
-def _tokenizer(path: Path) -> Tokenizer | None:
+def tokenizer_of(path: Path) -> Tokenizer | None:
     """The checkpoint's tokenizer, None where it has none."""
     if path.suffix == ".gguf":
         file = open_gguf(path)

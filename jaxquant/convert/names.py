@@ -18,6 +18,12 @@ _RENAMES = (
     (re.compile(r"(\.experts\.\d+)\.w3(\.|$)"), r"\1.up_proj\2"),
     (re.compile(r"(\.experts\.\d+)\.w2(\.|$)"), r"\1.down_proj\2"),
 )
+_MIXTRAL = (
+    (re.compile(r"\.mlp\.(?=gate(\.|$)|experts\.)"), ".block_sparse_moe."),
+    (re.compile(r"(\.experts\.\d+)\.gate_proj(\.|$)"), r"\1.w1\2"),
+    (re.compile(r"(\.experts\.\d+)\.up_proj(\.|$)"), r"\1.w3\2"),
+    (re.compile(r"(\.experts\.\d+)\.down_proj(\.|$)"), r"\1.w2\2"),
+)
 # Derived from the config, or runtime state that some tools save.
 _IGNORED = re.compile(
     r"(\.rotary_emb\.(inv_freq|cos_cached|sin_cached)|\.masked_bias|\.attn\.bias|\.workspace)$"
@@ -33,6 +39,14 @@ def canonical(name: str) -> str:
             break
     for pattern, replacement in _RENAMES:
         name = pattern.sub(replacement, name)
+    return name
+
+
+def published(name: str, family: str) -> str:
+    """The name that a family's own checkpoints have for a canonical one, of a module or tensor."""
+    if family == "mixtral":
+        for pattern, replacement in _MIXTRAL:
+            name = pattern.sub(replacement, name)
     return name
 
 

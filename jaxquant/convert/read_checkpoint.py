@@ -70,7 +70,7 @@ def _root(directory: Path) -> Path:
     return resolved.parent.parent if resolved.parent.name == "snapshots" else resolved
 
 
-def _inside(directory: Path, name: str, where: str) -> Path:
+def member_file(directory: Path, name: str, where: str) -> Path:
     """The file ``name`` of ``directory``.
 
     Raises:
@@ -166,7 +166,7 @@ def _read_shards(directory: Path, index: Path) -> tuple[dict[str, RawTensor], di
     homes: dict[str, str] = {}
     unlisted: list[str] = []
     for file in dict.fromkeys(wanted.values()):
-        content = read_safetensors(_inside(directory, file, str(index)))
+        content = read_safetensors(member_file(directory, file, str(index)))
         stored[file] = content.tensors
         metadata |= content.metadata
         for name, tensor in content.tensors.items():
@@ -297,7 +297,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     else:
         tensors, metadata = {}, {}
         for name in _single_file(directory):
-            content = read_safetensors(_inside(directory, name, str(directory)))
+            content = read_safetensors(member_file(directory, name, str(directory)))
             for key, tensor in content.tensors.items():
                 if key in tensors and not _same_bytes(tensors[key], tensor):
                     raise tensor.error(f"also in {tensors[key].file}", "a tensor is stored once")

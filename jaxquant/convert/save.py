@@ -8,8 +8,6 @@ onto any sharding.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxquant.arrays.bank import ExpertBank
 from jaxquant.arrays.qtensor import QTensor
+from jaxquant.convert.fresh import fresh_directory, refuse_existing
 from jaxquant.convert.placement import sharding_of
 from jaxquant.convert.static_json import from_json, to_json
 from jaxquant.errors import FormatError
@@ -113,11 +112,7 @@ def save_pretrained(model: CausalLM, path: str | Path) -> None:
     import orbax.checkpoint as ocp
 
     path = Path(path).resolve()
-    if path.exists():
-        raise FormatError(
-            str(path), "it exists", "nothing is overwritten", "choose another directory"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    refuse_existing(path)
     model = unstack_layers(unprepare_model(model))
     weights, arrays = describe(model)
     table: list[Any] = []
@@ -138,8 +133,7 @@ def save_pretrained(model: CausalLM, path: str | Path) -> None:
         "weights": entries,
         "arrays": {name: [str(a.dtype), list(a.shape)] for name, a in arrays.items()},
     }
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    with fresh_directory(path) as temporary:
         with ocp.StandardCheckpointer() as checkpointer:
             leaves: dict[str, Any] = {}
             for name, variable in _variables(model).items():
@@ -148,11 +142,6 @@ def save_pretrained(model: CausalLM, path: str | Path) -> None:
         (temporary / LAYOUTS_FILE).write_text(json.dumps(document, indent=1), encoding="utf-8")
         if model.tokenizer is not None:
             model.tokenizer.save(temporary)
-        temporary.chmod(0o755)
-        temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _read_layouts(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ loading does not know which it was.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ class ModelSource:
     Attributes:
         path: the checkpoint that config and tokenizer come from.
         config: the model's config.
+        published: its config.json, or what a GGUF file's metadata say in that form.
         weights: linear weights ``[out, in]`` by module path.
         arrays: all other arrays by name.
         ignored: name -> why it takes no part.
@@ -69,6 +71,7 @@ class ModelSource:
 
     path: Path
     config: ModelConfig
+    published: Mapping[str, Any] = dataclasses.field(repr=False)
     weights: Mapping[str, Item]
     arrays: Mapping[str, Item]
     ignored: Mapping[str, str]
@@ -138,7 +141,7 @@ def _directory_source(path: Path) -> ModelSource:
     if config.tied and "lm_head" in weights and weights["lm_head"].format == "dense":
         left_out["lm_head"] = "tied to the embedding"
         del weights["lm_head"]
-    return ModelSource(path, config, weights, arrays, left_out)
+    return ModelSource(path, config, checkpoint.config, weights, arrays, left_out)
 
 
 def _check_count(found: int, what: str, held: int, where: str) -> None:
@@ -171,7 +174,7 @@ def _gguf_source(path: Path) -> ModelSource:
     arrays = {name: items[name] for name in model.arrays}
     with within(path, f"{path}: "):
         config = ModelConfig.from_hf(model.config)
-    return ModelSource(path, config, weights, arrays, {})
+    return ModelSource(path, config, model.config, weights, arrays, {})
 
 
 def open_source(path: str | Path, plan: PrecisionPlan | None = None) -> ModelSource:
@@ -201,20 +204,44 @@ def _fits(precision: str, item: Item) -> bool:
     }[precision]
 
 
-def _scheme_item(item: Item, scheme: Scheme) -> Item:
-    """Quantize a weight of the base here."""
+def _convert(q: Any, scheme: Scheme, scale_dtype: str | None) -> Any:
+    made = requantize(q, scheme)
+    if scale_dtype is None:
+        return made
+    scales = tuple(scale.astype(scale_dtype) for scale in made.scales)
+    return dataclasses.replace(made, scales=scales)
 
-    def convert(q: Any) -> Any:
-        return requantize(q, scheme)
 
+@functools.lru_cache(256)
+def _converted(structure: Any, leaves: Any, scheme: Scheme, scale_dtype: str | None) -> Any:
+    """The abstract result of :func:`_convert`, traced once for all weights of a shape."""
+    q = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
+    return jax.eval_shape(lambda q: _convert(q, scheme, scale_dtype), q)
+
+
+def scheme_item(item: Item, scheme: Scheme, scale_dtype: str | None = None) -> Item:
+    """Quantize a weight here, rounding to nearest.
+
+    Args:
+        item: any weight.
+        scheme: what it becomes.
+        scale_dtype: dtype of its scales, None for the scheme's own.
+    """
+    structure, leaves = signature(item.abstract)
     return Item(
-        jax.eval_shape(convert, item.abstract),
-        lambda: as_numpy(convert(item.load())),
+        _converted(structure, leaves, scheme, scale_dtype),
+        lambda: as_numpy(_convert(item.load(), scheme, scale_dtype)),
         item.nbytes,
         str(scheme),
         item.origin,
         item.release,
     )
+
+
+def signature(q: Any) -> tuple[Any, Any]:
+    """Hashable structure and leaves of a weight, equal for weights of equal layout and shape."""
+    leaves, structure = jax.tree.flatten(q)
+    return structure, tuple((tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in leaves)
 
 
 def _same_array(a: Item, b: Item) -> bool:
@@ -259,7 +286,7 @@ def _planned_source(opened: ModelSource, plan: PrecisionPlan) -> ModelSource:
             continue
         scheme = plan.scheme(precision)
         if scheme is not None:
-            weights[module] = _scheme_item(base.weights[module], scheme)
+            weights[module] = scheme_item(base.weights[module], scheme)
             continue
         other = sources[plan.sources[precision].resolve()]
         item = other.weights.get(module)

@@ -73,6 +73,12 @@ def numpy_dtype(name: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, numpy_name, numpy_name))
 
 
+def disk_dtype(dtype: Any) -> str:
+    """safetensors dtype string of a NumPy dtype, the inverse of :func:`numpy_dtype`."""
+    name = np.dtype(dtype).name
+    return next(disk for disk, (numpy_name, _) in DTYPES.items() if numpy_name == name)
+
+
 @dataclasses.dataclass(frozen=True)
 class RawTensor:
     """A tensor in a checkpoint file, not read yet.
