@@ -40,6 +40,25 @@ SCHEME_TESTS = {
     "kernel": ("test_kernels_agree_with_the_xla_path", "the Hopper kernel agrees (interpreter)"),
 }
 
+EXPORT_TESTS = {
+    "exact": (
+        "test_an_export_reads_back_bit_for_bit",
+        "codes and scales read back bit for bit, everything else too",
+    ),
+    "ignore list": (
+        "test_the_ignore_list_covers_what_is_not_quantized",
+        "the config's list covers exactly what is not quantized, by that family's own rule",
+    ),
+    "peer": (
+        "test_the_peer_dequantizes_an_export_to_the_same_weights",
+        "the package that owns the format dequantizes it to the same float32 weights",
+    ),
+    "transformers": (
+        "test_transformers_loads_an_export_whole",
+        "transformers loads the whole model, dequantized to the same weights",
+    ),
+}
+
 
 def outcomes(reports: list[Path]) -> dict[tuple[str, str], str]:
     """(test function, parameter) -> "yes", "no" or "-" of every parametrized test."""
@@ -87,6 +106,7 @@ def main() -> None:
         *table("Checkpoints made by the peers' own tools", "checkpoint", CHECKPOINT_TESTS, found),
         *table("Formats", "case", FORMAT_TESTS, found),
         *table("Schemes", "scheme", SCHEME_TESTS, found),
+        *table("Exports", "export", EXPORT_TESTS, found),
     ]
     arguments.out.write_text("\n".join(lines), encoding="utf-8")
     verdicts = list(found.values())

@@ -193,7 +193,8 @@ def _describe_compressed_tensors(
     groups = _by_settings(plan)
     written: dict[str, Any] = {}
     for number, ((text,), paths) in enumerate(groups.items()):
-        targets = ["Linear"]
+        # vLLM's output layer is no "Linear": it goes by its name.
+        targets = ["Linear", *(path for path in paths if path == "lm_head")]
         if len(groups) > 1:
             others = [path for path in (*plan, *dense) if path not in set(paths)]
             targets = [f"re:{pattern}" for pattern in patterns(paths, others)]
