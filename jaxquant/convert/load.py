@@ -119,7 +119,7 @@ def from_pretrained(
     path = Path(path)
     place = placer(mesh)
     prepares = mesh is None and has_kernels()
-    tokenizer = _tokenizer(path)
+    tokenizer = tokenizer_of(path)
     if is_saved(path):
         if plan is not None:
             raise ConfigError(

@@ -292,7 +292,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         if len(indexes) > 1:
             raise FormatError(str(path), f"indexes {[p.name for p in indexes]}", "one index")
     if indexes:
-        index = _inside(directory, indexes[0].name, str(directory))
+        index = member_file(directory, indexes[0].name, str(directory))
         tensors, metadata = _read_shards(directory, index)
     else:
         tensors, metadata = {}, {}
