@@ -56,7 +56,11 @@ from pallas_kernels.tiles import (
 
 
 def matmul(
-    problem: Problem, config: DecodeConfig, interpret: bool, *operands: jax.Array
+    problem: Problem,
+    config: DecodeConfig,
+    interpret: bool,
+    *operands: jax.Array,
+    into: jax.Array | None = None,
 ) -> jax.Array:
     """Run the decode kernel; operands come in the order of `operand_names`."""
     if interpret:  # which has no distributed shared memory
@@ -74,7 +78,8 @@ def matmul(
     grid = tiles
     if problem.experts:
         grid = min(tiles, problem.device.sms * c.occupancy)
-        operands = (*operands[:-1], tile_schedule(operands[-1], m, c.bm))
+        start, sizes = operands[-1][0], operands[-1][1:]
+        operands = (*operands[:-1], tile_schedule(sizes, m, c.bm, start))
     block_rows = cdiv(n, block[0]) if block else 0
     shape = (CHANNELS, c.bm)
     parts = c.parts
@@ -339,6 +344,7 @@ def matmul(
         warpgroups=workers + 1,
         name="matmul_a8_decode",
         interpret=interpret,
+        into=into,
     )
 
 

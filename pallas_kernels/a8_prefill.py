@@ -55,7 +55,11 @@ from pallas_kernels.tiles import (
 
 
 def matmul(
-    problem: Problem, config: PrefillConfig, interpret: bool, *operands: jax.Array
+    problem: Problem,
+    config: PrefillConfig,
+    interpret: bool,
+    *operands: jax.Array,
+    into: jax.Array | None = None,
 ) -> jax.Array:
     """Run the prefill kernel; operands come in the order of `operand_names`."""
     m, n, k, c = problem.m, problem.n, problem.k, config
@@ -78,8 +82,9 @@ def matmul(
     block_rows = cdiv(n, block_n)
     epilogue = epilogue_of(problem, transposed=False)
     names = operand_names(problem)
-    if problem.experts:  # the last operand: rows of each expert
-        operands = (*operands[:-1], tile_schedule(operands[-1], m, c.bm))
+    if problem.experts:
+        start, sizes = operands[-1][0], operands[-1][1:]
+        operands = (*operands[:-1], tile_schedule(sizes, m, c.bm, start))
 
     def body(
         *refs,
@@ -309,6 +314,7 @@ def matmul(
         warpgroups=c.warpgroups + 1,
         name="matmul_a8_prefill",
         interpret=interpret,
+        into=into,
     )
 
 

@@ -13,6 +13,7 @@ from pallas_kernels.a16_configs import (
     accepts_hopper,
     fitting,
 )
+from pallas_kernels.epilogue import Epilogue, Term
 from pallas_kernels.group_tiles import Groups
 from pallas_kernels.grouped_configs import (
     decode_candidates,
@@ -20,15 +21,22 @@ from pallas_kernels.grouped_configs import (
     prefill_candidates,
     prefill_shapes,
 )
-from pallas_kernels.matmul_a16 import epilogue_of
-from pallas_kernels.prepack import Prepacked
+from pallas_kernels.prepack import Prepacked, factor_name
 from pallas_kernels.problem import Config, Kernel, KernelError, Problem, current_device, select
-from pallas_kernels.record import Record
+from pallas_kernels.record import E8M0, Record
 from pallas_kernels.stream import stream_matmul
-from pallas_kernels.stream_config import StreamConfig, scale_name
+from pallas_kernels.stream_config import StreamConfig, factor_of, scale_name, zero_name
+from pallas_kernels.tiles import cdiv
 
 _HALF_TYPES = ("bfloat16", "float16")
 Array = jax.Array | jax.ShapeDtypeStruct
+
+
+def _epilogue(problem: Problem) -> Epilogue:
+    """Return the epilogue: the factors of each expert's weight, if any."""
+    factor = factor_of(problem)
+    term = Term("w_scale", "n" if factor == "n" else "expert", jnp.float32)
+    return Epilogue((term,) if factor else (), True, jnp.dtype(problem.out_dtype))
 
 
 def _run(
@@ -46,9 +54,9 @@ def _run(
         config,
         interpret,
         record,
-        epilogue_of(problem),
+        _epilogue(problem),
         *operands,
-        rounded=rounded,
+        rounded=rounded or record.rounded,
         name="grouped_a16_prefill" if rounded else "grouped_a16_decode",
         groups=groups,
         into=into,
@@ -64,8 +72,8 @@ def _default_prefill(problem: Problem) -> StreamConfig:
 
 
 def _accepts_few(problem: Problem) -> str | None:
-    few = problem.m <= 32 * problem.experts
-    return accepts_hopper(problem) or (None if few else "takes at most 32 rows an expert")
+    few = problem.m <= 16 * problem.experts
+    return accepts_hopper(problem) or (None if few else "takes at most 16 rows an expert")
 
 
 def _accepts_many(problem: Problem) -> str | None:
@@ -105,11 +113,12 @@ def grouped_a16_problem(
     group_sizes: Array,
     *,
     first: int = 0,
-    row_scale: Array | None = None,
     into: Array | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
 ) -> Problem:
     """Return the problem of the operands of `grouped_matmul_a16`; only types are read.
+
+    Its m is what the weight's experts have of the rows if all experts are alike: tiles suit that.
 
     Raises:
         KernelError: an operand has a shape or dtype that the contract excludes.
@@ -133,6 +142,11 @@ def grouped_a16_problem(
         f"it must be [rows, {weight.k}] with a row at least",
     )
     need(x.dtype.name in _HALF_TYPES, f"x is {x.dtype}", "it must be bfloat16 or float16")
+    need(
+        weight.record.scale_dtype != E8M0 or x.dtype == jnp.bfloat16,
+        f"x is {x.dtype}",
+        "e8m0 scales need the range of bfloat16",
+    )
     need(out.name in _HALF_TYPES, f"out_dtype is {out}", "it must be bfloat16 or float16")
     sizes = group_sizes.shape
     need(
@@ -146,26 +160,20 @@ def grouped_a16_problem(
         "every expert of the weight needs a size",
     )
     need(
-        row_scale is None or (row_scale.shape == x.shape[:1] and row_scale.dtype == jnp.float32),
-        f"row_scale is {_found(row_scale)}",
-        f"it must be ({x.shape[0]},) float32",
-    )
-    need(
         into is None or (into.shape == (x.shape[0], weight.n) and into.dtype == out),
         f"into is {_found(into)}",
         f"it must be ({x.shape[0]}, {weight.n}) {out}",
     )
     return Problem(
         op="grouped_matmul_a16",
-        m=x.shape[0],
+        m=cdiv(x.shape[0] * lead[0], sizes[0]),
         n=weight.n,
         k=weight.k,
         x_dtype=x.dtype.name,
         w_dtype=weight.record.code,
         out_dtype=out.name,
-        x_scale="none" if row_scale is None else "token",
-        w_scale=scale_name(weight.record),
-        zero="group" if weight.record.zero else "",
+        w_scale=scale_name(weight.record, factor_name(weight)),
+        zero=zero_name(weight.record),
         experts=lead[0],
         device=current_device(),
     )
@@ -178,7 +186,6 @@ def grouped_matmul_a16(
     group_sizes: jax.Array,
     *,
     first: int = 0,
-    row_scale: jax.Array | None = None,
     into: jax.Array | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
     config: Config | None = None,
@@ -193,7 +200,6 @@ def grouped_matmul_a16(
         weight: [experts, N, K] from `prepack(..., operand=16)`: 4-bit, int8 or e4m3 codes.
         group_sizes: [total] int32, rows of each expert; they add up to at most `rows`.
         first: position of the weight's first expert among the group sizes.
-        row_scale: [rows] float32, multiplies each row of the result before rounding.
         into: [rows, N] to write to; it is given up, and rows of no expert here keep their values.
         out_dtype: bfloat16 or float16; None for the type of x.
         config: tile sizes, to override the chosen ones.
@@ -212,14 +218,12 @@ def grouped_matmul_a16(
         weight,
         group_sizes,
         first=first,
-        row_scale=row_scale,
         into=into,
         out_dtype=out_dtype,
     )
     kernel, chosen = select(GROUPED_A16_KERNELS, problem, config)
     groups = Groups(x.shape[0], group_sizes.shape[0], first, problem.experts)
     records = weight.records.reshape(-1, *weight.records.shape[2:])
-    vectors = () if row_scale is None else (row_scale,)
     out = kernel.fn(
         problem,
         chosen,
@@ -230,7 +234,7 @@ def grouped_matmul_a16(
         x,
         records,
         group_sizes,
-        *vectors,
+        *(() if weight.factor is None else (weight.factor.reshape(-1),)),
     )
     assert isinstance(out, jax.Array)
     return out

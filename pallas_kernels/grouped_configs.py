@@ -9,36 +9,48 @@ from pallas_kernels.a16_configs import A16DecodeConfig, A16PrefillConfig, fittin
 from pallas_kernels.problem import Problem
 from pallas_kernels.tiles import round_up
 
+# Most rows of a tile that holds all of an expert's; more are shared out to tiles of 128.
+_WHOLE = 160
 
-def _typical_tile(problem: Problem, step: int) -> int:
+
+def _typical_tile(problem: Problem) -> int:
     """Return the height that holds the rows of most experts when rows spread at random."""
     mean = problem.m / problem.experts
-    return max(8, round_up(math.ceil(mean + 2 * math.sqrt(mean)), step))
+    rows = math.ceil(mean + 1.4 * math.sqrt(mean))
+    return max(8, round_up(rows, 8 if rows <= 64 else 16))
 
 
 def decode_shapes(problem: Problem) -> Iterator[dict[str, int]]:
     """Yield tiles for few rows an expert, the likeliest first; the last ones run anything."""
-    bm = min(most_tokens(problem), _typical_tile(problem, 8))
-    yield dict(bm=bm, kw=2, records=2)
-    yield dict(bm=bm, kw=2)
+    bm = min(most_tokens(problem), _typical_tile(problem))
+    blocks = min(problem.m, problem.experts) * (problem.n // 64)
+    # Two warpgroups over k keep more bytes under way where blocks are few or have far to go.
+    split = blocks < 2 * problem.device.sms or (problem.k >= 4096 and problem.m > 64)
+    if problem.k <= 1024:
+        yield dict(bm=bm, slots=3, records=2)
+    if split:
+        yield dict(bm=bm, kw=2, records=2)
+        yield dict(bm=bm, kw=2)
+    yield dict(bm=bm, records=2)
     yield dict(bm=bm)
 
 
 def prefill_shapes(problem: Problem) -> Iterator[dict[str, int]]:
     """Yield tiles for many rows an expert, the likeliest first; the last ones run anything."""
-    bm = _prefill_tile(problem)
+    bm = _typical_tile(problem)
+    if bm <= 96:
+        yield dict(bm=bm, nw=2, ring=4, lag=1)
+    elif bm <= _WHOLE:
+        yield dict(bm=bm, nw=4, ring=4, lag=1)
+    else:
+        bm = 128
     yield dict(bm=bm, nw=2, ring=2, lag=0)
     yield dict(bm=bm, ring=2, lag=0)
 
 
-def _prefill_tile(problem: Problem) -> int:
-    tile = _typical_tile(problem, 16)
-    return tile if tile <= 128 else 128
-
-
 def decode_candidates(problem: Problem) -> Iterator[A16DecodeConfig]:
     """Yield the decode configs worth measuring."""
-    tile = _typical_tile(problem, 8)
+    tile = _typical_tile(problem)
     heights = sorted({min(most_tokens(problem), max(8, h)) for h in (tile - 8, tile)})
     shapes = [
         dict(bm=bm, kw=kw, cs=cs, slots=slots, records=records)
@@ -65,7 +77,7 @@ def decode_candidates(problem: Problem) -> Iterator[A16DecodeConfig]:
 
 def prefill_candidates(problem: Problem) -> Iterator[A16PrefillConfig]:
     """Yield the prefill configs worth measuring."""
-    tile = _typical_tile(problem, 16)
+    tile = round_up(_typical_tile(problem), 16)
     heights = {h for h in (tile - 16, tile, 64, 96, 128, 256) if 32 <= h <= 256 and h < 4 * tile}
     shapes = [
         dict(bm=bm, nw=nw, ring=ring, lag=lag)

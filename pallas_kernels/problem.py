@@ -90,7 +90,7 @@ class Problem:
             are none.
         bias: dtype name of the bias; "" when there is none.
         fused: what the op does besides, such as "rms" or "gated" before quantizing.
-        experts: weights in the stack, for the rows of m between them; 0 for a single weight.
+        experts: weights in the stack, which have about m rows between them; 0 for a single weight.
         device: the GPU to run on.
     """
 

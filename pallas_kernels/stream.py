@@ -82,7 +82,7 @@ def stream_matmul(
     """Multiply x [m, k] by a prepacked weight, or groups of its rows by a stack of them.
 
     Args:
-        problem: sizes and types; without groups m is at most 8 or a multiple of 8.
+        problem: sizes and types; without groups m, all rows, is at most 8 or a multiple of 8.
         config: tiles.
         interpret: run under the interpreter, with jax.numpy in place of decoding and wgmma.
         record: format of the records.
@@ -102,7 +102,7 @@ def stream_matmul(
     """
     # The interpreter has no distributed shared memory.
     c = dataclasses.replace(config, cs=1) if interpret else config
-    m, n = problem.m, problem.n
+    m, n = problem.m if groups is None else groups.rows, problem.n
     total = cdiv(problem.k, DEPTH)
     extent = c.records * DEPTH  # k of a step
     run, longer = divmod(total // c.records, c.cs * c.kw)  # steps of a share of k
@@ -309,7 +309,7 @@ def stream_matmul(
 
         def store(sums: jax.Array, piece):
             first_token = piece * width
-            start: dict[Along, Any] = {"m": first_token, "n": column * CHANNELS}
+            start: dict[Along, Any] = {"m": first_token, "n": column * CHANNELS, "expert": expert}
             token, channel = m0 + first_token, channel_block * CHANNELS
 
             def finished():

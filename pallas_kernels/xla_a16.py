@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -71,24 +69,22 @@ def xla_grouped_matmul_a16(
     group_sizes: jax.Array,
     *,
     first: int = 0,
-    row_scale: jax.Array | None = None,
     into: jax.Array | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
     """Do what `grouped_matmul_a16` does, one expert's rows at a time; other rows become zero."""
     problem = grouped_a16_problem(
-        x, weight, group_sizes, first=first, row_scale=row_scale, into=into, out_dtype=out_dtype
+        x, weight, group_sizes, first=first, into=into, out_dtype=out_dtype
     )
     ends = jnp.cumsum(group_sizes)
     # A piece may reach past the last row.
     padded = jnp.pad(x, ((0, _ROWS), (0, 0)))
-    scale = jnp.ones(problem.m) if row_scale is None else row_scale
-    scale = jnp.pad(scale, (0, _ROWS))
-    out = jnp.zeros((problem.m, problem.n), problem.out_dtype) if into is None else into
+    rows = x.shape[0]
+    out = jnp.zeros((rows, problem.n), problem.out_dtype) if into is None else into
     out = jnp.pad(out, ((0, _ROWS), (0, 0)))
 
     def expert(e: jax.Array, out: jax.Array) -> jax.Array:
-        one = dataclasses.replace(weight, records=weight.records[e])
+        one = jax.tree.map(lambda leaf: leaf[e], weight)
         w = dequantize(one).astype(x.dtype)
         end = ends[first + e]
         begin = end - group_sizes[first + e]
@@ -96,7 +92,6 @@ def xla_grouped_matmul_a16(
         def piece(i: jax.Array, out: jax.Array) -> jax.Array:
             row = begin + i * _ROWS
             y = _dot(lax.dynamic_slice_in_dim(padded, row, _ROWS), w)
-            y = y * lax.dynamic_slice_in_dim(scale, row, _ROWS)[:, None]
             mine = row + jnp.arange(_ROWS) < end
             old = lax.dynamic_slice_in_dim(out, row, _ROWS)
             new = jnp.where(mine[:, None], y.astype(out.dtype), old)
@@ -104,4 +99,4 @@ def xla_grouped_matmul_a16(
 
         return lax.fori_loop(0, -(-(end - begin) // _ROWS), piece, out)
 
-    return lax.fori_loop(0, problem.experts, expert, out)[: problem.m]
+    return lax.fori_loop(0, problem.experts, expert, out)[:rows]

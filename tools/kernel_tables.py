@@ -11,7 +11,7 @@ import json
 import re
 from pathlib import Path
 
-from pallas_kernels.bench.__main__ import compare
+from pallas_kernels.bench.__main__ import compare, read_peers
 from pallas_kernels.bench.bars import Row, Standing, sizes, standings
 from pallas_kernels.bench.cases import CASES
 
@@ -162,9 +162,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the two pages")
     arguments = parser.parse_args()
     report = json.loads(arguments.bench.read_text(encoding="utf-8"))
-    peers = {}
-    for file in arguments.peers:
-        peers.update(json.loads(file.read_text(encoding="utf-8")))
+    peers = read_peers(arguments.peers)
     rows = [compare(row, CASE[row["op"]], peers) if peers else row for row in report["rows"]]
     put(arguments.docs / "kernels.md", f"{heading(report)}\n\n{bars(standings(rows))}")
     put(arguments.docs / "kernels_results.md", results(report, rows))

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import numpy as np
-
-from jaxquant.arrays.qtensor import QTensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +69,12 @@ class ExpertBank:
     """One projection of all experts of a layer, in bank order.
 
     Attributes:
-        parts: one stacked QTensor ``[devices * (stop - start), out, in]`` per run, device-major.
+        parts: one stacked QTensor ``[devices * (stop - start), out, in]`` per run, device-major,
+            or what :mod:`jaxquant.ops.prepared_bank` makes of it.
         runs: the static position range of each part.
     """
 
-    parts: tuple[QTensor, ...]
+    parts: tuple[Any, ...]
     runs: tuple[Run, ...]
 
     @property

@@ -16,6 +16,8 @@ from jaxquant.nn.basic import MLP, activation
 from jaxquant.nn.linear import Buffer, Linear, QWeight
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# Rows that are compared with each other when sorting by expert.
+CHUNK = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +89,34 @@ def _limit_groups(choice: jax.Array, routing: Routing) -> jax.Array:
     return jnp.where(open_groups[:, :, None], grouped, -jnp.inf).reshape(choice.shape)
 
 
+def sort_by_expert(position: jax.Array, experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sort rows by expert, keeping their order within each.
+
+    A counting sort of comparisons and sums only: a few small GPU kernels, where a general sort is
+    many and takes longer than a matmul of few tokens.
+
+    Args:
+        position: int32 ``[row]``, the bank position of each row's expert.
+        experts: positions of the bank.
+    Returns:
+        int32: the place of each row in sorted order ``[row]``, the row at each place ``[row]``, and
+        the number of rows of each expert ``[expert]``.
+    """
+    rows = position.shape[0]
+    chunk = max(1, min(rows, CHUNK))
+    chunks = jnp.pad(position, (0, -rows % chunk), constant_values=experts).reshape(-1, chunk)
+    expert, index = jnp.arange(experts), jnp.arange(chunk)
+    counts = jnp.sum(chunks[:, :, None] == expert, axis=1, dtype=jnp.int32)
+    sizes = jnp.sum(counts, axis=0)
+    starts = jnp.cumsum(sizes) - sizes + jnp.cumsum(counts, axis=0) - counts
+    earlier = (chunks[:, None, :] == chunks[:, :, None]) & (index[None, :] < index[:, None])
+    rank = jnp.sum(earlier, axis=2, dtype=jnp.int32)
+    place = jnp.take_along_axis(starts, jnp.minimum(chunks, experts - 1), axis=1) + rank
+    place = place.reshape(-1)[:rows]
+    order = jnp.zeros_like(place).at[place].set(jnp.arange(rows), unique_indices=True)
+    return place, order, sizes
+
+
 class Router(nnx.Module):
     """Router logits and the choice of experts, in float32.
 
@@ -109,10 +139,11 @@ class Router(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The routed experts: three banks in one common order.
+    """The routed experts: banks in one common order.
 
     Attributes:
         gate_proj, up_proj, down_proj: ExpertBanks.
+        gate_up_proj: gate and up in one bank, which a prepared model may have in place of the two.
         plan: static; where each expert id stands in the banks.
         hidden_act: gate activation.
     """
@@ -120,9 +151,25 @@ class Experts(nnx.Module):
     def __init__(
         self, banks: tuple[ExpertBank, ExpertBank, ExpertBank], plan: ExpertPlan, hidden_act: str
     ) -> None:
-        self.gate_proj, self.up_proj, self.down_proj = (QWeight(bank) for bank in banks)
+        gate, up, down = (QWeight(bank) for bank in banks)
+        self.gate_proj: QWeight | None = gate
+        self.up_proj: QWeight | None = up
+        self.gate_up_proj: QWeight | None = None
+        self.down_proj = down
         self.plan = plan
         self.hidden_act = hidden_act
+
+    def _gate_and_up(self, rows: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if self.gate_up_proj is not None:
+            both = ops.grouped_matmul(rows, self.gate_up_proj.get_value(), sizes)
+            gate, up = jnp.split(both, 2, axis=1)
+            return gate, up
+        assert self.gate_proj is not None and self.up_proj is not None
+        gate, up = (
+            ops.grouped_matmul(rows, bank.get_value(), sizes)
+            for bank in (self.gate_proj, self.up_proj)
+        )
+        return gate, up
 
     def __call__(self, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
         """Sum of each token's experts.
@@ -138,16 +185,12 @@ class Experts(nnx.Module):
         """
         tokens, top_k = ids.shape
         position = jnp.asarray(self.plan.positions)[ids].reshape(-1)
-        order = jnp.argsort(position, stable=True)
-        sizes = jnp.bincount(position, length=len(self.plan.order)).astype(jnp.int32)
-        rows = x[order // top_k]
-        gate = ops.grouped_matmul(rows, self.gate_proj.get_value(), sizes)
-        up = ops.grouped_matmul(rows, self.up_proj.get_value(), sizes)
+        place, order, sizes = sort_by_expert(position, len(self.plan.order))
+        gate, up = self._gate_and_up(x[order // top_k], sizes)
         inner = activation(self.hidden_act, gate) * up
         outer = ops.grouped_matmul(inner, self.down_proj.get_value(), sizes)
         # Back in the order of tokens by a gather: unlike a scatter-add, sums have one fixed order.
-        back = jnp.argsort(order)
-        outer = outer[back].reshape(tokens, top_k, outer.shape[-1]).astype(jnp.float32)
+        outer = outer[place].reshape(tokens, top_k, outer.shape[-1]).astype(jnp.float32)
         return jnp.sum(outer * weights[:, :, None], axis=1).astype(x.dtype)
 
 

@@ -204,6 +204,10 @@ def _attempt(path: str, weight: jax.Array, scheme: Scheme, axes: tuple[str, ...]
 def _quantize_experts(path: str, experts: Experts, chooser: _Rules) -> None:
     """Quantize the matched experts of one layer and bank them anew, in place in the copy."""
     plan = experts.plan
+    if experts.gate_up_proj is not None:
+        raise ConfigError(
+            path, "experts in kernel order", "quantize first", "prepare_model is the last step"
+        )
     columns: list[list[QTensor]] = []
     changed = False
     for name in PROJECTIONS:

@@ -50,7 +50,7 @@ def candidates(x: jax.ShapeDtypeStruct, weight: QTensor | Prepared) -> list[Cand
     return found
 
 
-def _kernel_reason(problem: Callable[[], pk.Problem], kernels: tuple[pk.Kernel, ...]) -> str | None:
+def kernel_reason(problem: Callable[[], pk.Problem], kernels: tuple[pk.Kernel, ...]) -> str | None:
     """The joint reason of all bodies behind one op."""
     try:
         found = problem()
@@ -61,7 +61,7 @@ def _kernel_reason(problem: Callable[[], pk.Problem], kernels: tuple[pk.Kernel, 
 
 
 def _refused_a16(x: jax.ShapeDtypeStruct, weight: Prepared) -> str | None:
-    return _kernel_reason(lambda: pk.a16_problem(x, weight.packed), pk.A16_KERNELS)
+    return kernel_reason(lambda: pk.a16_problem(x, weight.packed), pk.A16_KERNELS)
 
 
 def _run_a16(x: jax.Array, weight: Prepared, interpret: bool) -> jax.Array:
@@ -78,7 +78,7 @@ def _codes_of(x: jax.ShapeDtypeStruct, weight: QTensor | Prepared) -> jax.ShapeD
 def _refused_w4a8(x: jax.ShapeDtypeStruct, weight: Prepared) -> str | None:
     scale = jax.ShapeDtypeStruct((x.shape[0], 1), jnp.float32)
     codes = _codes_of(x, weight)
-    return _kernel_reason(
+    return kernel_reason(
         lambda: pk.w4a8_problem(codes, scale, weight.packed, out_dtype=x.dtype), pk.W4A8_KERNELS
     )
 
@@ -86,14 +86,14 @@ def _refused_w4a8(x: jax.ShapeDtypeStruct, weight: Prepared) -> str | None:
 def _run_w4a8(x: jax.Array, weight: Prepared, interpret: bool) -> jax.Array:
     if weight.pre_scale is not None:
         x = x * weight.pre_scale.reshape(-1).astype(x.dtype)
-    quantized = _quantize(x, weight, interpret)
+    quantized = quantize(x, weight, interpret)
     codes = quantized.codes if weight.perm is None else quantized.codes[:, weight.perm]
     return pk.matmul_w4a8(
         codes, quantized.scale, weight.packed, out_dtype=x.dtype, interpret=interpret
     )
 
 
-def _scale_layout(q: QTensor | Prepared) -> str | None:
+def scale_layout(q: QTensor | Prepared) -> str | None:
     """Name of the activation scale's layout for the kernels, None where they have none."""
     act = q.act
     assert act is not None
@@ -107,9 +107,9 @@ def _scale_layout(q: QTensor | Prepared) -> str | None:
     return "1x128" if whole and act.dynamic else None
 
 
-def _quantize(x: jax.Array, q: QTensor | Prepared, interpret: bool) -> pk.Quantized:
+def quantize(x: jax.Array, q: QTensor | Prepared, interpret: bool) -> pk.Quantized:
     """Codes and scales in the kernels' form, by a kernel where one makes the same codes."""
-    act, layout = q.act, _scale_layout(q)
+    act, layout = q.act, scale_layout(q)
     assert act is not None and layout is not None
     scale = None if q.act_scale is None else q.act_scale.astype(jnp.float32).reshape(1, 1)
     zero = None if q.act_zero is None else q.act_zero.astype(jnp.int32).reshape(1, 1)
@@ -117,7 +117,7 @@ def _quantize(x: jax.Array, q: QTensor | Prepared, interpret: bool) -> pk.Quanti
     options |= {"scale": scale, "zero": zero} if layout == "tensor" else {}
     options |= {} if layout == "tensor" else {"symmetric": act.symmetric}
     same_levels = layout == "tensor" or not act.symmetric or act.levels == act.code.max
-    reason = _kernel_reason(lambda: pk.quantize_problem(x, **options), pk.QUANTIZE_KERNELS)
+    reason = kernel_reason(lambda: pk.quantize_problem(x, **options), pk.QUANTIZE_KERNELS)
     if same_levels and reason is None:
         return pk.quantize(x, **options, interpret=interpret)
     made = quantize_activation(x, q)
@@ -126,9 +126,11 @@ def _quantize(x: jax.Array, q: QTensor | Prepared, interpret: bool) -> pk.Quanti
     return pk.Quantized(codes, made.scale.T if made.group else made.scale, zeros)
 
 
-def _refused_a8(x: jax.ShapeDtypeStruct, q: QTensor) -> str | None:
+def a8_refusal(q: QTensor) -> str | None:
+    """Why a weight, or a stack of them, is none for kernels of 8-bit operands; None if it is."""
     layout = q.layout
-    assert q.act is not None
+    if q.act is None:
+        return "its activations are not quantized"
     if layout.axes != ("out", "in"):
         return "axes are not ('out', 'in'): to_axes(q, ('out', 'in'))"
     if q.perm is not None or q.pre_scale is not None:
@@ -138,22 +140,36 @@ def _refused_a8(x: jax.ShapeDtypeStruct, q: QTensor) -> str | None:
         return f"{q.act.code.name} x {layout.code.name} is no 8-bit pair"
     if layout.affine != "symmetric" or len(layout.scales) != 1:
         return "the weight has zero points or a second scale"
-    if _scale_layout(q) is None:
+    if scale_layout(q) is None:
         return f"activations {q.act} have no kernel"
+    return None
+
+
+def a8_activation(
+    x: jax.ShapeDtypeStruct, q: QTensor | Prepared, layout: str
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Types of the codes and scales of ``x`` ``[rows, in]``."""
     rows = x.shape[0]
     scales = {"tensor": (1, 1), "token": (rows, 1), "1x128": (-(-x.shape[1] // GROUP), rows)}
-    x_scale = jax.ShapeDtypeStruct(scales[_scale_layout(q) or ""], jnp.float32)
+    return _codes_of(x, q), jax.ShapeDtypeStruct(scales[layout], jnp.float32)
+
+
+def _refused_a8(x: jax.ShapeDtypeStruct, q: QTensor) -> str | None:
+    if reason := a8_refusal(q):
+        return reason
+    assert q.act is not None
+    codes, x_scale = a8_activation(x, q, scale_layout(q) or "")
     w_scale = jax.ShapeDtypeStruct(q.scales[0].shape, jnp.float32)
     asymmetric = not q.act.symmetric
     zero = jax.ShapeDtypeStruct(x_scale.shape, jnp.int32) if asymmetric else None
     w_sum = jax.ShapeDtypeStruct(q.shape[:1], jnp.int32) if asymmetric else None
-    return _kernel_reason(
+    return kernel_reason(
         lambda: pk.a8_problem(
-            _codes_of(x, q),
+            codes,
             x_scale,
             q.data[0],
             w_scale,
-            w_block=_block(q),
+            w_block=w_block(q),
             x_zero=zero,
             w_sum=w_sum,
             out_dtype=x.dtype,
@@ -162,7 +178,7 @@ def _refused_a8(x: jax.ShapeDtypeStruct, q: QTensor) -> str | None:
     )
 
 
-def _block(q: QTensor) -> tuple[int, int] | None:
+def w_block(q: QTensor) -> tuple[int, int] | None:
     """The weight's block for the kernels; None for one scale per channel or for all."""
     block, group = q.layout.scales[0]
     return None if group == WHOLE and block in (WHOLE, 1) else (block, group)
@@ -170,7 +186,7 @@ def _block(q: QTensor) -> tuple[int, int] | None:
 
 def _run_a8(x: jax.Array, q: QTensor, interpret: bool) -> jax.Array:
     assert q.act is not None
-    quantized = _quantize(x, q, interpret)
+    quantized = quantize(x, q, interpret)
     # The correction of a zero point needs the weight's row sums.
     w_sum = None if q.act.symmetric else jnp.sum(q.data[0], axis=1, dtype=jnp.int32)
     return pk.matmul_a8(
@@ -178,7 +194,7 @@ def _run_a8(x: jax.Array, q: QTensor, interpret: bool) -> jax.Array:
         quantized.scale,
         q.data[0],
         q.scales[0].astype(jnp.float32),
-        w_block=_block(q),
+        w_block=w_block(q),
         x_zero=quantized.zero,
         w_sum=w_sum,
         out_dtype=x.dtype,

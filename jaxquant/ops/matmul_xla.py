@@ -91,7 +91,8 @@ def _gather(
 ) -> tuple[jax.Array, QuantizedActivation | None]:
     """Bring activations into the order of act-order weight rows."""
     if act is None:
-        return jnp.take(x, perm, axis=-1), None
+        # jax 0.11's CPU compiler fails on a dot of bfloat16 whose operand is a gather: keep apart.
+        return lax.optimization_barrier(jnp.take(x, perm, axis=-1)), None
     if act.group:
         value = jnp.take(act.dequantize(), perm, axis=-1)
         ones = jnp.ones((*value.shape[:-1], 1), jnp.float32)

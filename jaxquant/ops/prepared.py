@@ -12,6 +12,7 @@ import functools
 from typing import Any
 
 import jax
+from jax import lax
 
 import pallas_kernels as pk
 from jaxquant.arrays.layout import WHOLE, Layout, packed_grids
@@ -123,6 +124,8 @@ def _refused_activations(q: QTensor) -> str | None:
         return f"activations {act} are emulated: this GPU multiplies no {act.code.name} operands"
     if KERNEL_CODES[q.layout.code.name] != "uint4" or len(q.scales) > 1:
         return f"{q.layout.code.name} codes are not packed for 8-bit activations"
+    if q.lead:
+        return "experts of 4-bit weights and 8-bit activations have no kernel"
     if act.granularity != "token" or not act.symmetric:
         return f"activations {act} have no kernel beside 4-bit weights"
     return None
@@ -166,13 +169,24 @@ def _pack(q: QTensor) -> pk.Prepacked:
     )
 
 
+def _pack_each(q: QTensor) -> pk.Prepacked:
+    """Pack a stack one weight at a time: packing takes several times the memory of a weight."""
+    pack = _pack
+    for _ in q.lead:
+        pack = functools.partial(lax.map, pack)
+    return pack(q)
+
+
 def prepare(q: QTensor) -> QTensor | Prepared:
-    """Bring a weight into kernel order; a weight that no kernel reorders comes back as it is."""
+    """Bring a weight, or a stack of them, into kernel order.
+
+    A weight that no kernel reorders comes back as it is.
+    """
     if refusal(q) is not None:
         return q
     fields = (q.perm, q.act_scale, q.act_zero, q.pre_scale)
     bare = dataclasses.replace(q, perm=None, act_scale=None, act_zero=None, pre_scale=None)
-    return Prepared(jax.jit(_pack)(bare), q.layout, *fields, act=q.act)
+    return Prepared(jax.jit(_pack_each)(bare), q.layout, *fields, act=q.act)
 
 
 def unprepare(weight: Prepared) -> QTensor:

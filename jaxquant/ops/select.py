@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,14 @@ from jaxquant.arrays.bank import ExpertBank
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.errors import KernelError
 from jaxquant.ops.backend import Backend
+from jaxquant.ops.grouped_kernels import GroupedCandidate, grouped_candidates
 from jaxquant.ops.grouped_xla import grouped_matmul_xla
 from jaxquant.ops.kernels import Candidate, candidates
 from jaxquant.ops.matmul_xla import matmul_xla
 from jaxquant.ops.prepared import Prepared, unprepare
 
-NO_GROUPED = (("pallas_kernels", "there is no grouped kernel yet"),)
+Reasons = tuple[tuple[str, str], ...]
+C = TypeVar("C", Candidate, GroupedCandidate)
 
 
 class Choice(NamedTuple):
@@ -31,7 +34,7 @@ class Choice(NamedTuple):
     """
 
     kernel: str
-    reasons: tuple[tuple[str, str], ...]
+    reasons: Reasons
 
 
 def _dense(weight: QTensor | Prepared) -> bool:
@@ -49,10 +52,8 @@ def has_kernels() -> bool:
     return has_gpu() and pk.current_device().capability == "9.0"
 
 
-def _choose(
-    x: jax.ShapeDtypeStruct, weight: QTensor | Prepared
-) -> tuple[Candidate | None, tuple[tuple[str, str], ...]]:
-    found = candidates(x, weight)
+def _first(found: Sequence[C]) -> tuple[C | None, Reasons]:
+    """The first candidate that takes the problem, and the reasons of those that do not."""
     taken = next((c for c in found if c.reason is None), None)
     return taken, tuple((c.name, c.reason) for c in found if c.reason is not None)
 
@@ -62,7 +63,10 @@ def explain_matmul(weight: QTensor | Prepared, rows: int) -> Choice:
     if _dense(weight):
         return Choice("xla", ())
     x = jax.ShapeDtypeStruct((rows, weight.extent("in")), jnp.bfloat16)
-    taken, reasons = _choose(x, weight)
+    return _explain(*_first(candidates(x, weight)))
+
+
+def _explain(taken: Candidate | GroupedCandidate | None, reasons: Reasons) -> Choice:
     if taken is None:
         return Choice("xla", reasons)
     if not has_gpu():
@@ -70,9 +74,12 @@ def explain_matmul(weight: QTensor | Prepared, rows: int) -> Choice:
     return Choice(taken.name, ())
 
 
-def explain_grouped(q: QTensor, rows: int) -> Choice:
-    """What ``grouped_matmul`` of ``rows`` rows with one run of a bank runs."""
-    return Choice("xla", () if q.layout.dense else NO_GROUPED)
+def explain_grouped(part: QTensor | Prepared, rows: int) -> Choice:
+    """What ``grouped_matmul`` of ``rows`` bfloat16 rows with one run of a bank runs."""
+    if _dense(part):
+        return Choice("xla", ())
+    x = jax.ShapeDtypeStruct((rows, part.extent("in")), jnp.bfloat16)
+    return _explain(*_first(grouped_candidates(x, part, part.lead[0])))
 
 
 def _xla(x: jax.Array, weight: QTensor | Prepared) -> jax.Array:
@@ -85,7 +92,7 @@ def run_matmul(x: jax.Array, weight: QTensor | Prepared, backend: Backend) -> ja
     if _dense(weight) or backend == "xla" or not (strict or has_gpu()):
         return _xla(x, weight)
     rows = x.reshape(-1, x.shape[-1])
-    taken, reasons = _choose(jax.ShapeDtypeStruct(rows.shape, rows.dtype), weight)
+    taken, reasons = _first(candidates(jax.ShapeDtypeStruct(rows.shape, rows.dtype), weight))
     if taken is None:
         if strict:
             raise KernelError("matmul", reasons, 'use backend="auto" for the XLA path')
@@ -107,8 +114,46 @@ def _rows_of(
 def run_grouped_matmul(
     x: jax.Array, bank: ExpertBank, group_sizes: jax.Array, backend: Backend
 ) -> jax.Array:
-    """Run ``grouped_matmul`` on a resolved backend."""
-    dense = all(part.layout.dense for part in bank.parts)
-    if not dense and backend in ("pallas", "interpret"):
-        raise KernelError("grouped_matmul", NO_GROUPED, 'use backend="auto" for the XLA path')
-    return grouped_matmul_xla(x, bank, group_sizes)
+    """Run ``grouped_matmul`` on a resolved backend: each run by its kernel, or by XLA.
+
+    Dense runs need no kernel of ours, also where kernels were asked for.
+    """
+    strict = backend in ("pallas", "interpret")
+    if backend == "xla" or not (strict or has_gpu()):
+        return grouped_matmul_xla(x, bank, group_sizes)
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    taken: list[GroupedCandidate | None] = []
+    refused: list[tuple[str, str]] = []
+    for part, run in zip(bank.parts, bank.runs, strict=True):
+        found = [] if _dense(part) else grouped_candidates(shape, part, bank.experts, run.start)
+        candidate, reasons = _first(found)
+        taken.append(candidate)
+        if candidate is None:
+            refused += [(f"{name} [{run.start}:{run.stop}]", reason) for name, reason in reasons]
+    if strict and refused:
+        raise KernelError("grouped_matmul", tuple(refused), 'use backend="auto" for the XLA path')
+    if not any(taken):
+        return grouped_matmul_xla(x, bank, group_sizes)
+    kernels = functools.partial(_each_run, taken)
+    if backend == "auto":
+        return lax.platform_dependent(
+            x, bank, group_sizes, cuda=kernels, default=grouped_matmul_xla
+        )
+    return kernels(x, bank, group_sizes, interpret=backend == "interpret")
+
+
+def _each_run(
+    taken: Sequence[GroupedCandidate | None],
+    x: jax.Array,
+    bank: ExpertBank,
+    group_sizes: jax.Array,
+    interpret: bool = False,
+) -> jax.Array:
+    """Let every run write its rows into one array: those of XLA first, which start from zeros."""
+    slow = [i for i, candidate in enumerate(taken) if candidate is None]
+    y = grouped_matmul_xla(x, bank, group_sizes, slow) if slow else None
+    for candidate, part, run in zip(taken, bank.parts, bank.runs, strict=True):
+        if candidate is not None:
+            y = candidate.run(x, part, group_sizes, run.start, y, interpret)
+    assert y is not None
+    return y

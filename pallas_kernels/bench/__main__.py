@@ -5,8 +5,8 @@ compiled in parallel, and timed one after the other.  For each the command print
 (kernel time by CUPTI, and wall time of queued programs), TFLOP/s, TB/s, the per cent of the floor
 (fewest bytes over the copy bandwidth or operations over the dense rate, whichever is longer), and
 the ratio to each peer of `--against FILE`, a JSON of
-{kernel: {"MxNxK": {"kernel": us, "graph": us}}}: above 1, the peer takes longer.  At the end stand
-the bars, and which of them hold.
+{kernel: {"MxNxK": {"kernel": us, "graph": us}}}, for experts "<tokens>xNxKxE<experts>k<top k>":
+above 1, the peer takes longer.  At the end stand the bars, and which of them hold.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import datetime
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,24 @@ def run(
     }
 
 
+def rows_of(shape: str) -> str:
+    """Return the rows x N x K of a peer's shape, which may be <tokens>xNxKxE<experts>k<top k>."""
+    tokens, n, k, *layer = shape.split("x")
+    top_k = int(layer[0].partition("k")[2]) if layer else 1
+    return f"{int(tokens) * top_k}x{n}x{k}"
+
+
+def read_peers(files: Iterable[Path]) -> Peers:
+    """Read the times of the kernels that cases name as peers; files hold other things besides."""
+    named = {name for case in CASES for name in case.peers}
+    return {
+        name: {rows_of(shape): clocks for shape, clocks in times.items()}
+        for file in files
+        for name, times in json.loads(file.read_text()).items()
+        if name in named
+    }
+
+
 def compare(row: Row, case: Case, peers: Peers) -> Row:
     """Return the row with the ratios, by clock, to each peer that was measured at its shape."""
     ratios = {
@@ -122,9 +140,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     start = time.perf_counter()
-    peers: Peers = {}
-    for file in arguments.against:
-        peers.update(json.loads(file.read_text()))
+    peers = read_peers(arguments.against)
     device = jax.devices()[0].device_kind
     limits = raised_by_peers(measure_limits(), peers)
     rates = ", ".join(f"{name} {rate * 1e-12:.0f}" for name, rate in limits.rates.items())

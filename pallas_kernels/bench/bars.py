@@ -53,6 +53,7 @@ BARS = (
     Bar("fp8 block", ("fp8_block",), "peer", 1.00, 0.90),
     Bar("grouped fp8 token x channel", ("grouped_fp8",), "peer", 1.05, 0.90),
     Bar("grouped fp8 block", ("grouped_fp8_block",), "peer", 1.05, 0.90),
+    Bar("grouped W4A16", ("grouped_w4a16",), "peer", 1.30, 0.95),
     Bar("W4A16 g128, M <= 16", ("w4a16",), "peer", 1.6, 1.4, (1, 16)),
     Bar("W4A16 28672x4096, M <= 8", ("w4a16",), "TB/s", None, 3.3, (1, 8), (28672, 4096)),
     Bar("W4A16 g128, M = 64", ("w4a16",), "peer", 1.5, 1.35, (64, 64)),

@@ -13,6 +13,14 @@ from pallas_kernels import xla
 from pallas_kernels.bench import shapes
 from pallas_kernels.bench.case import Case, Operands
 from pallas_kernels.grouped_a8 import GROUPED_A8_KERNELS, grouped_a8_problem, grouped_matmul_a8
+from pallas_kernels.grouped_a16 import (
+    GROUPED_A16_KERNELS,
+    grouped_a16_problem,
+    grouped_matmul_a16,
+)
+from pallas_kernels.prepack import prepack
+from pallas_kernels.record import Record
+from pallas_kernels.xla_a16 import xla_grouped_matmul_a16
 
 _GROUP = 128
 
@@ -47,10 +55,14 @@ def _operands(dtype: Any, blocked: bool, m: int, n: int, k: int, seed: int) -> O
     }
 
 
-def _work(m: int, n: int, k: int) -> tuple[float, float]:
+def touched(m: int, n: int, k: int) -> float:
+    """Return how many experts have rows, on average."""
     experts = shapes.EXPERTS.get((n, k), shapes.TOP_K)
-    touched = experts * (1 - (1 - shapes.TOP_K / experts) ** (m / shapes.TOP_K))
-    return 2.0 * m * n * k, m * k + touched * n * k + 2.0 * m * n
+    return experts * (1 - (1 - shapes.TOP_K / experts) ** (m / shapes.TOP_K))
+
+
+def _work(m: int, n: int, k: int) -> tuple[float, float]:
+    return 2.0 * m * n * k, m * k + touched(m, n, k) * n * k + 2.0 * m * n
 
 
 def _reference(block: tuple[int, int] | None, operands: Operands) -> jax.Array:
@@ -87,6 +99,49 @@ def _case(name: str, dtype: Any, blocked: bool, peers: tuple[str, ...]) -> Case:
     )
 
 
+def _operands_a16(zero: bool, m: int, n: int, k: int, seed: int) -> Operands:
+    """Experts are packed one after the other: packing all at once takes the memory of several."""
+    experts = shapes.EXPERTS.get((n, k), shapes.TOP_K)
+
+    def expert(key):
+        keys = jax.random.split(key, 3)
+        cells = (n, k // _GROUP)
+        zeros = jax.random.randint(keys[2], cells, 0, 16).astype(jnp.uint8) if zero else None
+        scales = jax.random.uniform(keys[1], cells, jnp.float32, 0.5, 2) / 64
+        codes = jax.random.bits(keys[0], (n, k // 2), jnp.uint8)
+        return prepack(codes, scales.astype(jnp.bfloat16), zeros, group=_GROUP)
+
+    key = jax.random.key(seed)
+    return {
+        "x": jax.random.normal(key, (m, k), jnp.bfloat16),
+        "weight": lax.map(expert, jax.random.split(key, experts)),
+        "group_sizes": group_sizes(m // shapes.TOP_K, experts, seed),
+    }
+
+
+def _case_a16(name: str, zero: bool, peers: tuple[str, ...]) -> Case:
+    record = Record("uint4", 16, _GROUP, "bfloat16", zero)
+
+    def work(m: int, n: int, k: int) -> tuple[float, float]:
+        weight = n * k / 2 * record.rows / record.code_rows
+        return 2.0 * m * n * k, touched(m, n, k) * weight + 2.0 * m * (n + k)
+
+    return Case(
+        name=name,
+        op="grouped_matmul_a16",
+        kernels=GROUPED_A16_KERNELS,
+        operands=jax.jit(functools.partial(_operands_a16, zero), static_argnums=(0, 1, 2)),
+        call=lambda operands, config: grouped_matmul_a16(**operands, config=config),
+        reference=jax.jit(lambda operands: xla_grouped_matmul_a16(**operands)),
+        problem=lambda operands: grouped_a16_problem(**operands),
+        tolerance=6e-3,
+        sizes=shapes.GROUPED,
+        work=work,
+        rate="bfloat16",
+        peers=peers,
+    )
+
+
 CASES_GROUPED: tuple[Case, ...] = (
     _case("grouped_fp8", jnp.float8_e4m3fn, False, ("torch grouped fp8",)),
     _case("grouped_int8", jnp.int8, False, ()),
@@ -96,4 +151,6 @@ CASES_GROUPED: tuple[Case, ...] = (
         True,
         ("DeepGEMM contiguous", "DeepGEMM masked"),
     ),
+    _case_a16("grouped_w4a16", False, ("vllm moe marlin",)),
+    _case_a16("grouped_w4a16_zero", True, ()),
 )

@@ -19,14 +19,12 @@ class Groups:
         case: sizes, formats and types; `case.m` rows, some of which may belong to no expert.
         sizes: rows of each expert.
         first, stop: the experts that have a weight; None for all.
-        scaled: whether rows are scaled.
     """
 
     case: Case
     sizes: tuple[int, ...]
     first: int = 0
     stop: int | None = None
-    scaled: bool = False
 
     @property
     def experts(self) -> range:
@@ -40,15 +38,11 @@ class Groups:
 
     def operands(self) -> dict[str, object]:
         """Return all operands but the weight."""
-        given: dict[str, object] = {
+        return {
             "x": self.case.activations()["x"],
             "group_sizes": jnp.asarray(self.sizes, jnp.int32),
             "first": self.first,
         }
-        if self.scaled:
-            scale = np.random.default_rng(5).uniform(0.5, 2, self.case.m)
-            given["row_scale"] = scale.astype(np.float32)
-        return given
 
     @property
     def mine(self) -> np.ndarray:
@@ -65,16 +59,15 @@ class Groups:
         for expert in self.experts:
             rows = slice(begins[expert], begins[expert + 1])
             y[rows] = x[rows] @ self.case.dense(self.case.plain(expert)).T
-        given = self.operands()
-        return y * given["row_scale"].astype(np.float64)[:, None] if self.scaled else y
+        return y
 
 
 def structs(case: Case, experts: int) -> tuple[object, ...]:
     """Return the types of x, weight and group sizes, without values."""
     given = case.structs()
-    weight = given["weight"]
-    records = jax.ShapeDtypeStruct((experts, *weight.records.shape), jnp.int32)
-    weight = dataclasses.replace(weight, records=records)
+    weight = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((experts, *leaf.shape), leaf.dtype), given["weight"]
+    )
     return given["x"], weight, jax.ShapeDtypeStruct((experts,), jnp.int32)
 
 

@@ -1,0 +1,162 @@
+"""grouped_matmul through the Pallas kernels: banks whose runs have a kernel each, or none.
+
+The kernels are tested in tests/pallas_kernels; here it is what joins them to a bank.
+"""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxquant as jq
+from jaxquant.arrays.codes import CODES
+from jaxquant.arrays.scheme import ActSpec
+from jaxquant.errors import KernelError
+from jaxquant.nn.moe import PROJECTIONS, Experts, sort_by_expert
+from jaxquant.nn.prepare import prepare_model, unprepare_model
+from jaxquant.ops import select
+from jaxquant.ops.prepared import Prepared
+from jaxquant.ops.prepared_bank import join_banks, prepare_bank, split_bank, unprepare_bank
+from jaxquant.transforms.experts import bank_experts, plan_experts
+from tests.ops import oracle
+
+OUT, IN = 128, 256
+STATIC = ActSpec(CODES["e4m3"], "tensor", dynamic=False)
+
+
+def weight(kind, seed, shape=(OUT, IN)):
+    """One expert's weight, of a scheme's name or with what only checkpoints have."""
+    rng = np.random.default_rng(seed)
+    w = rng.standard_normal(shape).astype(np.float32)
+    if kind == "act-order":
+        perm = jnp.asarray(rng.permutation(shape[1]), jnp.int32)
+        return dataclasses.replace(jq.quantize(w, "w4a16_g64_asym", ("out", "in")), perm=perm)
+    if kind == "pre-scale":
+        scale = jnp.asarray(rng.uniform(0.5, 2, (1, shape[1])), jnp.float32)
+        return dataclasses.replace(jq.quantize(w, "w4a16_g128", ("out", "in")), pre_scale=scale)
+    if kind == "static":
+        scale = jnp.full((1, 1), 0.01 * (seed + 1), jnp.float32)
+        q = jq.quantize(w, "fp8_tensor", ("out", "in"))
+        return dataclasses.replace(q, act=STATIC, act_scale=scale)
+    return jq.quantize(w, kind, ("out", "in"))
+
+
+def bank_of(kinds, shape=(OUT, IN), seed=0):
+    column = [weight(kind, seed + i, shape) for i, kind in enumerate(kinds)]
+    plan = plan_experts([column])
+    return bank_experts(plan, 0, column.__getitem__)
+
+
+def rows(count, width=IN):
+    x = np.random.default_rng(9).standard_normal((count, width))
+    return jnp.asarray(x, jnp.bfloat16)
+
+
+MIXED = ("w4a16_g128", "fp8", "bf16", "w4a16_g128", "fp8_b128", "act-order", "static", "pre-scale")
+
+
+@pytest.mark.interpret
+def test_each_run_of_a_mixed_bank_takes_its_own_way():
+    bank = bank_of(MIXED)
+    packed = prepare_bank(bank)
+    assert sum(isinstance(part, Prepared) for part in packed.parts) == 3
+    sizes = jnp.asarray((3, 0, 4, 2, 1, 5, 2, 6), jnp.int32)
+    x = rows(23)
+    expected = jq.grouped_matmul(x, bank, sizes, backend="xla").astype(jnp.float32)
+    got = jq.grouped_matmul(x, packed, sizes, backend="interpret").astype(jnp.float32)
+    assert oracle.relative(got, expected) < 4e-3
+    for start in range(0, 23, 4):  # no run is small beside the others' sum
+        part = slice(start, start + 4)
+        assert oracle.relative(got[part], expected[part]) < 8e-3
+    # Negative control: a row of one run given to the next.
+    wrong = jnp.asarray((2, 1, 4, 2, 1, 5, 2, 6), jnp.int32)
+    assert oracle.relative(jq.grouped_matmul(x, bank, wrong, backend="xla"), expected) > 0.05
+
+
+def test_prepared_banks_compute_the_same_and_come_back():
+    bank = bank_of(
+        ("w4a16_g64_asym", "act-order", "w8a16", "fp8", "w3a16_g32", "bf16", "w4a8_g128")
+    )
+    packed = prepare_bank(bank)
+    sizes = jnp.asarray((2, 0, 3, 1, 5, 1, 1), jnp.int32)
+    x = rows(13)
+    np.testing.assert_array_equal(
+        jq.grouped_matmul(x, packed, sizes), jq.grouped_matmul(x, bank, sizes)
+    )
+    same(unprepare_bank(packed), bank)
+    assert packed.nbytes >= bank.nbytes and "int4" in repr(packed)
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def test_gate_and_up_join_where_a_cut_gives_them_back():
+    kinds = ("w4a16_g128", "fp8", "fp8_b128", "w8a16", "bf16")
+    gate, up = prepare_bank(bank_of(kinds)), prepare_bank(bank_of(kinds, seed=50))
+    both = join_banks(gate, up)
+    assert both is not None and both.parts[0].extent("out") == 2 * OUT
+    for part, bank in zip(split_bank(both), (gate, up), strict=True):
+        same(part, bank)
+    sizes, x = jnp.asarray((2, 1, 3, 1, 5), jnp.int32), rows(12)
+    separate = [jq.grouped_matmul(x, bank, sizes) for bank in (gate, up)]
+    joined = jq.grouped_matmul(x, both, sizes)
+    np.testing.assert_array_equal(joined, jnp.concatenate(separate, 1))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("act-order", "act-order"), ("fp8_tensor", "fp8_tensor"), ("fp8", "bf16")]
+)
+def test_what_only_values_could_tell_is_not_joined(one, other):
+    assert join_banks(bank_of((one,)), bank_of((other,), seed=5)) is None
+
+
+def test_every_run_gives_its_reasons():
+    bank = bank_of(("w4a16_g128", "w3a16_g32", "fp8", "w4a8_g128", "bf16"))
+    with pytest.raises(KernelError) as caught:
+        jq.grouped_matmul(rows(5), bank, jnp.ones(5, jnp.int32), backend="pallas")
+    reasons = dict(caught.value.reasons)
+    assert len(reasons) == 3 and caught.value.action
+    texts = " ".join(reasons.values())
+    assert "prepare_model" in texts and "int3" in texts and "int8 x int4" in texts
+    with pytest.raises(KernelError, match="float32"):
+        x = rows(5).astype(jnp.float32)
+        bank = prepare_bank(bank_of(("w4a16_g128",) * 5))
+        jq.grouped_matmul(x, bank, jnp.ones(5, jnp.int32), backend="pallas")
+
+
+def test_a_layer_lowers_to_kernels_alone(monkeypatch):
+    """Under jit for a GPU: a kernel for each run, no host call, no loop of the XLA path."""
+    monkeypatch.setattr(select, "has_gpu", lambda: True)
+    kinds = ("w4a16_g128", "fp8", "w8a16")
+    banks = [bank_of(kinds, shape, i) for i, shape in enumerate([(OUT, IN), (OUT, IN), (IN, OUT)])]
+    plan = plan_experts([[weight(kind, i) for i, kind in enumerate(kinds)]] * 3)
+    experts = prepare_model(Experts((banks[0], banks[1], banks[2]), plan, "silu"))
+    assert experts.gate_proj is None and experts.gate_up_proj is not None
+
+    def layer(experts, x, ids, weights):
+        return experts(x, ids, weights)
+
+    ids, weights = jnp.zeros((16, 2), jnp.int32), jnp.ones((16, 2))
+    traced = jax.jit(layer).trace(experts, rows(16), ids, weights)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"custom_call @(\w+)", text)
+    assert calls == ["mosaic_gpu_v2"] * 6, "two projections of three runs"
+    assert "stablehlo.while" not in text
+    plain = unprepare_model(experts)
+    for name, bank in zip(PROJECTIONS, banks, strict=True):
+        same(getattr(plain, name).get_value(), bank)
+
+
+def test_sorting_by_expert():
+    for count in (7, 1300):
+        position = np.random.default_rng(count).integers(0, 16, count).astype(np.int32)
+        place, order, sizes = map(np.asarray, sort_by_expert(jnp.asarray(position), 16))
+        np.testing.assert_array_equal(order, np.argsort(position, kind="stable"))
+        np.testing.assert_array_equal(place, np.argsort(order))
+        np.testing.assert_array_equal(sizes, np.bincount(position, minlength=16))
