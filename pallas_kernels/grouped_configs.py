@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 from pallas_kernels.a16_configs import A16DecodeConfig, A16PrefillConfig, fitting, most_tokens
 from pallas_kernels.problem import Problem
-from pallas_kernels.tiles import round_up
+from pallas_kernels.tiles import cdiv, round_up
 
-# Most rows of a tile that holds all of an expert's; more are shared out to tiles of 128.
-_WHOLE = 160
+# Most rows of a tile; an expert with more has several of one height.
+_HIGHEST = 160
 
 
 def _typical_tile(problem: Problem) -> int:
@@ -37,13 +37,11 @@ def decode_shapes(problem: Problem) -> Iterator[dict[str, int]]:
 
 def prefill_shapes(problem: Problem) -> Iterator[dict[str, int]]:
     """Yield tiles for many rows an expert, the likeliest first; the last ones run anything."""
-    bm = _typical_tile(problem)
-    if bm <= 96:
-        yield dict(bm=bm, nw=2, ring=4, lag=1)
-    elif bm <= _WHOLE:
+    rows = _typical_tile(problem)
+    bm = round_up(cdiv(rows, cdiv(rows, _HIGHEST)), 8 if rows <= 64 else 16)
+    if bm > 96:
         yield dict(bm=bm, nw=4, ring=4, lag=1)
-    else:
-        bm = 128
+    yield dict(bm=bm, nw=2, ring=4, lag=1)
     yield dict(bm=bm, nw=2, ring=2, lag=0)
     yield dict(bm=bm, ring=2, lag=0)
 
@@ -78,7 +76,7 @@ def decode_candidates(problem: Problem) -> Iterator[A16DecodeConfig]:
 def prefill_candidates(problem: Problem) -> Iterator[A16PrefillConfig]:
     """Yield the prefill configs worth measuring."""
     tile = round_up(_typical_tile(problem), 16)
-    heights = {h for h in (tile - 16, tile, 64, 96, 128, 256) if 32 <= h <= 256 and h < 4 * tile}
+    heights = {h for h in (tile - 16, tile, 64, 96, 128, 144) if 32 <= h <= 256 and h < 4 * tile}
     shapes = [
         dict(bm=bm, nw=nw, ring=ring, lag=lag)
         for bm in sorted(heights)

@@ -1,5 +1,7 @@
 """grouped_matmul and a layer of experts on the device: kernels against the XLA path."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,30 +20,32 @@ OUT, IN = 256, 512
 UNIFORM = ("w4a16_g128", "w4a16_g64_asym", "w8a16", "fp8a16", "fp8", "fp8_b128", "w8a8", "static")
 
 
-def grouped(x, bank, sizes, backend):
-    call = jax.jit(lambda x, bank, sizes: jq.grouped_matmul(x, bank, sizes, backend=backend))
-    return np.asarray(call(x, bank, sizes).astype(jnp.float32))
-
-
 @pytest.mark.parametrize("kinds", [MIXED, *((kind,) * 8 for kind in UNIFORM)], ids=str)
 def test_banks_on_the_device(kinds):
     bank = bank_of(kinds, (OUT, IN))
     packed = prepare_bank(bank)
-    for count in (1, 8, 50, 128, 1000):
+    calls = {
+        name: jax.jit(functools.partial(jq.grouped_matmul, backend=name))
+        for name in ("xla", "pallas", "auto")
+    }
+    for count in (1, 50, 1000):
         rng = np.random.default_rng(count)
         x = jnp.asarray(rng.standard_normal((count, IN)), jnp.bfloat16)
+
+        def run(name, weights, sizes, x=x):
+            return np.asarray(calls[name](x, weights, sizes).astype(jnp.float32))
+
         for share in (rng.dirichlet(np.full(8, 0.5)), np.full(8, 1 / 8), np.eye(8)[count % 8]):
             sizes = jnp.asarray(rng.multinomial(count, share), jnp.int32)
-            expected = grouped(x, bank, sizes, "xla")
-            got = grouped(x, packed, sizes, "pallas")
-            assert oracle.relative(got, expected) < 8e-3
-            # Rows that nobody should write keep nothing of a neighbour's: each row is its own.
+            expected, got = run("xla", bank, sizes), run("pallas", packed, sizes)
+            # Activations on a tie between two codes may be rounded either way; a row of a neighbour
+            # or of nobody would be off by all of it.
             row = np.linalg.norm(got - expected, axis=1) / np.linalg.norm(expected, axis=1)
-            assert row.max() < 0.05
-            np.testing.assert_array_equal(grouped(x, packed, sizes, "auto"), got)
-            if count > 8:
-                shifted = jnp.roll(sizes, 1)
-                assert oracle.relative(grouped(x, packed, shifted, "pallas"), expected) > 0.05
+            assert row.max() < 0.04
+            np.testing.assert_array_equal(run("auto", packed, sizes), got)
+            if count > 1 and sizes.max() < count:
+                wrong = run("pallas", packed, jnp.roll(sizes, 1))
+                assert oracle.relative(wrong, expected) > 0.1
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 200])
