@@ -66,6 +66,8 @@ class DecodeConfig(Config):
         step = step_k(problem) * self.atoms
         if self.bm % (8 * self.parts) or not 8 <= self.bm <= 128:
             return "bm, and its part for each block of a cluster, must be multiples of 8 up to 128"
+        if problem.x_dtype == "int8" and self.bm > 32 and self.bm % 16:
+            return "an int8 wgmma of more than 32 columns has a multiple of 16 of them"
         if problem.m <= 8 < self.bm:  # for the same reason as in PrefillConfig
             return "8 tokens or fewer take tiles of 8"
         if promotes(problem) and self.atoms > 1:
@@ -310,7 +312,8 @@ def grouped_height(problem: Problem) -> int:
     if problem.m <= 8:
         return 8
     mean = problem.m / min(problem.m, problem.experts)
-    return min(128, round_up(math.ceil(mean + 7 + 2 * mean**0.5), 8))
+    height = min(128, round_up(math.ceil(mean + 7 + 2 * mean**0.5), 8))
+    return round_up(height, 16) if problem.x_dtype == "int8" and height > 32 else height
 
 
 def grouped_decode_refuses(problem: Problem) -> str | None:
@@ -333,6 +336,8 @@ def grouped_decode_candidates(problem: Problem) -> Iterator[DecodeConfig]:
     """Yield the configs worth measuring."""
     height = grouped_height(problem)
     heights = {height, max(8, height // 16 * 8), min(128, height + 16)}
+    if problem.x_dtype == "int8":
+        heights = {h if h <= 32 else round_up(h, 16) for h in heights}
     for bm in sorted({8} if problem.m <= 8 else heights - {8}):
         for channels, occupancy in ((1, 2), (1, 3), (2, 1), (2, 2), (3, 1), (4, 1)):
             for atoms in (1,) if promotes(problem) or bm > 64 else (1, 2):
@@ -348,7 +353,8 @@ def grouped_prefill_refuses(problem: Problem) -> str | None:
 
 def grouped_prefill_default(problem: Problem) -> PrefillConfig:
     """Return the widest tile."""
-    unroll = 4 if promotes(problem) else 1
+    # Rows of four take more registers than the search for the expert's tile leaves.
+    unroll = 2 if promotes(problem) else 1
     widths = ((128, 6),) if promotes(problem) else ((256, 4), (192, 5), (128, 6))
     for bn, stages in widths:
         if bn <= problem.n:
@@ -359,7 +365,7 @@ def grouped_prefill_default(problem: Problem) -> PrefillConfig:
 def grouped_prefill_candidates(problem: Problem) -> Iterator[PrefillConfig]:
     """Yield the configs worth measuring."""
     if promotes(problem):
-        tiles = [(128, 128, 6, 2, 4), (64, 128, 8, 1, 4), (192, 128, 4, 3, 1), (128, 192, 4, 2, 1)]
+        tiles = [(128, 128, 6, 2, 2), (128, 128, 6, 2, 1), (192, 128, 4, 3, 1), (128, 192, 4, 2, 1)]
     else:
         shapes = ((128, 256, 4), (128, 192, 5), (128, 128, 6), (256, 128, 4))
         tiles = [(*shape, 2, 1) for shape in shapes]

@@ -36,10 +36,9 @@ from pallas_kernels.a8_problem import (
     step_k,
     w_block,
 )
-from pallas_kernels.grouped import Tile, live_tiles, most_tiles, read_tile, tile_schedule
+from pallas_kernels.group_tiles import Groups, Tile, store_rows, two_views, views
 from pallas_kernels.launch import CLUSTER, GRID, WARPGROUP, launch
 from pallas_kernels.problem import Kernel, Problem
-from pallas_kernels.store_rows import store_rows
 from pallas_kernels.tiles import (
     COLUMN,
     accumulator,
@@ -50,6 +49,7 @@ from pallas_kernels.tiles import (
     round_up,
     scale_columns,
     slot,
+    stage_tile,
     store_tile,
     tiled_smem,
 )
@@ -60,26 +60,26 @@ def matmul(
     config: DecodeConfig,
     interpret: bool,
     *operands: jax.Array,
+    groups: Groups | None = None,
     into: jax.Array | None = None,
 ) -> jax.Array:
-    """Run the decode kernel; operands come in the order of `operand_names`."""
+    """Run the decode kernel; operands come in the order of `operand_names`.
+
+    With `groups`, which a grouped problem needs, the result may take over the buffer of `into`.
+    """
     if interpret:  # which has no distributed shared memory
         config = dataclasses.replace(config, cluster=1)
-    m, n, k, c = problem.m, problem.n, problem.k, config
+    m, n, k, c = groups.rows if groups else problem.m, problem.n, problem.k, config
     bn, bk, block = CHANNELS * c.channels, step_k(problem) * c.atoms, w_block(problem)
     promoted, grouped = promotes(problem), problem.x_scale == "1x128"
     steps = k // bk // c.cluster
     # A slot always belongs to the same share of K, so that releases come in order.
     stages = c.stages // c.split * c.split
-    if not problem.experts:
+    if not groups:
         stages = min(stages, round_up(steps, c.split))
-    row_tiles = most_tiles(m, problem.experts, c.bm) if problem.experts else cdiv(m, c.bm)
+    row_tiles = groups.tiles(c.bm) if groups else cdiv(m, c.bm)
     tiles, workers = row_tiles * (n // bn), c.channels * c.split
-    grid = tiles
-    if problem.experts:
-        grid = min(tiles, problem.device.sms * c.occupancy)
-        start, sizes = operands[-1][0], operands[-1][1:]
-        operands = (*operands[:-1], tile_schedule(sizes, m, c.bm, start))
+    grid = min(tiles, problem.device.sms * c.occupancy) if groups else tiles
     block_rows = cdiv(n, block[0]) if block else 0
     shape = (CHANNELS, c.bm)
     parts = c.parts
@@ -107,32 +107,40 @@ def matmul(
         gmem, o_gm = dict(zip(names, refs, strict=False)), refs[-1]
         warpgroup, rank = lax.axis_index(WARPGROUP), lax.axis_index(CLUSTER)
         first_step = rank * steps
+        o_rows = o_sm
+        if groups:
+            o_sm, o_rows = views(o_sm, interpret)
 
         def each_tile(use) -> Any:
-            """Call `use(rows, first channel, tiles that this block made before)` for its tiles."""
-            if not problem.experts:
+            """Call `use` for this block's tiles and return their number.
+
+            It gets the tile, its first row and channel, and how many tiles the block made before.
+            """
+            if not groups:
                 tile = lax.axis_index(GRID)
                 m0 = lax.rem(tile, jnp.int32(row_tiles)) * c.bm
-                use(Tile(0, m0, 0, m), lax.div(tile, jnp.int32(row_tiles)) * bn, 0)
+                use(Tile(0, m0, c.bm), m0, lax.div(tile, jnp.int32(row_tiles)) * bn, 0)
                 return jnp.int32(1)
-            columns = n // bn
+            sizes, columns, align = gmem["group_sizes"], n // bn, groups.align
+            find = groups.finder(c.bm, interpret)
 
             @plgpu.nd_loop(
-                (live_tiles(gmem["tiles"]) * columns,),
+                (groups.counter(c.bm, interpret)(sizes) * columns,),
                 collective_axes=GRID,
                 init_carry=jnp.int32(0),
             )
             def count(info, carry):
                 (tile,) = info.index
-                at = read_tile(gmem["tiles"], lax.div(tile, jnp.int32(columns)))
-                use(at, lax.rem(tile, jnp.int32(columns)) * bn, info.local_index)
+                at = find(sizes, lax.div(tile, jnp.int32(columns)))
+                n0 = lax.rem(tile, jnp.int32(columns)) * bn
+                use(at, at.start(align), n0, info.local_index)
                 return carry + 1
 
             return count
 
         @pl.when(warpgroup == workers)
         def produce():
-            def produce_tile(at, n0, before):
+            def produce_tile(at, m0, n0, before):
                 def step(i, carry):
                     s = slot(before * steps + i, stages)
 
@@ -145,12 +153,12 @@ def matmul(
                         gmem["w"].at[pl.ds(at.expert * n + n0, bn), at_k], w_sm.at[s], full.at[s]
                     )
                     plgpu.copy_gmem_to_smem(
-                        gmem["x_q"].at[pl.ds(at.first, c.bm), at_k], x_sm.at[s], full.at[s]
+                        gmem["x_q"].at[pl.ds(m0, c.bm), at_k], x_sm.at[s], full.at[s]
                     )
                     if grouped:
                         group = (first_step + i) * bk // GROUP
                         plgpu.copy_gmem_to_smem(
-                            gmem["x_groups"].at[group, pl.ds(at.first, c.bm)],
+                            gmem["x_groups"].at[group, pl.ds(m0, c.bm)],
                             groups_sm.at[s, pl.ds(0, c.bm)],
                             full.at[s],
                         )
@@ -162,15 +170,15 @@ def matmul(
                         vectors,
                         0,
                         tile_full,
-                        {"m": at.first, "n": at.expert * n + n0},
+                        {"m": m0, "n": at.expert * n + n0},
                         {"m": c.bm, "n": bn},
                     )
 
-                if epilogue.vectors and not problem.experts:
+                if epilogue.vectors and not groups:
                     fetch()
                 lax.fori_loop(0, steps, step, jnp.int32(0))
                 # Last, so that one buffer is enough: the previous tile is long finished by now.
-                if epilogue.vectors and problem.experts:
+                if epilogue.vectors and groups:
 
                     @pl.when(before > 0)
                     def _():
@@ -180,13 +188,13 @@ def matmul(
 
             made = each_tile(produce_tile)
             drain(empty, made * steps, stages)
-            if epilogue.vectors and problem.experts:
+            if epilogue.vectors and groups:
 
                 @pl.when(made > 0)
                 def _():
                     plgpu.barrier_wait(tile_empty)
 
-        def consume_tile(at, n0, before):
+        def consume_tile(at, m0, n0, before):
             column = lax.rem(warpgroup, jnp.int32(c.channels))
             share = lax.div(warpgroup, jnp.int32(c.channels))
             my_rows = pl.ds(column * CHANNELS, CHANNELS)
@@ -249,20 +257,16 @@ def matmul(
                 tile = epilogue.apply(
                     total, gmem, vectors, 0, {"m": first, "n": my_column, "expert": at.expert}
                 )
-                if epilogue.vectors and problem.experts:
+                if epilogue.vectors and groups:
                     release(tile_empty, interpret)
                 my_channel = n0 + my_column
-                if problem.experts:
-                    staging = o_sm.at[column]
-                    return store_rows(
-                        tile, staging, o_gm, at.first, my_channel, at, interpret, transpose=True
-                    )
-                store_tile(
-                    tile,
-                    o_sm.at[column],
-                    o_gm.at[pl.ds(at.first + first, width), pl.ds(my_channel, CHANNELS)],
-                    transpose=True,
-                )
+                staging = o_sm.at[column]
+                if groups:
+                    stage_tile(tile, staging, transpose=True)
+                    place = (at.row, my_channel, at.rows, at.row - m0)
+                    return store_rows(o_rows.at[column], o_gm, *place)
+                target = o_gm.at[pl.ds(m0 + first, width), pl.ds(my_channel, CHANNELS)]
+                store_tile(tile, staging, target, transpose=True)
 
             def send(total, part):
                 plgpu.async_store_smem(
@@ -313,17 +317,20 @@ def matmul(
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     acc_dtype = jnp.float32 if promoted else accumulator_dtype(problem)
+    staging = (c.channels, width, CHANNELS)
     scratch = {
         "x_sm": tiled_smem((stages, c.bm, bk), problem.x_dtype),
         "w_sm": tiled_smem((stages, bn, bk), problem.w_dtype),
-        "o_sm": tiled_smem((c.channels, width, CHANNELS), problem.out_dtype),
+        "o_sm": two_views(staging, problem.out_dtype, interpret)
+        if groups
+        else tiled_smem(staging, problem.out_dtype),
         "full": plgpu.Barrier(num_arrivals=2 + grouped, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=c.channels, num_barriers=stages),
         **epilogue.scratch(1, c.bm, bn),
     }
     if epilogue.vectors:
         scratch["tile_full"] = plgpu.Barrier(num_arrivals=len(epilogue.vectors))
-        if problem.experts:
+        if groups:
             scratch["tile_empty"] = plgpu.Barrier(num_arrivals=c.channels)
     if grouped:
         scratch["groups_sm"] = plgpu.SMEM((stages, round_up(c.bm, 32)), jnp.float32)

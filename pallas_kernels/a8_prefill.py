@@ -2,8 +2,8 @@
 
 One warpgroup issues TMA copies, the others multiply; tokens are the rows of the wgmma.  The step
 counter runs on across output tiles, so the copies for the next tile proceed during the epilogue.
-A grouped problem differs in where its row tiles lie and whose weights they meet: both come from a
-table, and rows of a neighbour in a tile are computed but not stored.
+A grouped problem differs in where its row tiles lie and whose weights they meet; rows of a
+neighbour in a tile are computed but not stored.
 
 With scales along K (1x128 activations, blocked weights) products are promoted step by step.
 """
@@ -35,11 +35,10 @@ from pallas_kernels.a8_problem import (
     step_k,
     w_block,
 )
-from pallas_kernels.grouped import Tile, live_tiles, most_tiles, read_tile, tile_schedule
+from pallas_kernels.group_tiles import Groups, Tile, store_rows, two_views, views
 from pallas_kernels.launch import CLUSTER, GRID, WARPGROUP, launch
 from pallas_kernels.problem import Kernel, Problem
 from pallas_kernels.promote import Ring, start_product, sum_steps
-from pallas_kernels.store_rows import store_rows
 from pallas_kernels.tiles import (
     ROW,
     accumulator,
@@ -49,6 +48,7 @@ from pallas_kernels.tiles import (
     release,
     scale_rows,
     slot,
+    stage_tile,
     store_tile,
     tiled_smem,
 )
@@ -59,14 +59,18 @@ def matmul(
     config: PrefillConfig,
     interpret: bool,
     *operands: jax.Array,
+    groups: Groups | None = None,
     into: jax.Array | None = None,
 ) -> jax.Array:
-    """Run the prefill kernel; operands come in the order of `operand_names`."""
-    m, n, k, c = problem.m, problem.n, problem.k, config
+    """Run the prefill kernel; operands come in the order of `operand_names`.
+
+    With `groups`, which a grouped problem needs, the result may take over the buffer of `into`.
+    """
+    m, n, k, c = groups.rows if groups else problem.m, problem.n, problem.k, config
     bk, promoted, blocked = step_k(problem), promotes(problem), w_block(problem) is not None
     block_n, block_k = w_block(problem) or (c.bn, bk)
     grouped = problem.x_scale == "1x128"
-    row_tiles = most_tiles(m, problem.experts, c.bm) if problem.experts else cdiv(m, c.bm)
+    row_tiles = groups.tiles(c.bm) if groups else cdiv(m, c.bm)
     column_tiles, steps = cdiv(n, c.bn), cdiv(k, bk)
     row_clusters = row_tiles // c.cluster
     tiles = row_clusters * column_tiles
@@ -82,9 +86,6 @@ def matmul(
     block_rows = cdiv(n, block_n)
     epilogue = epilogue_of(problem, transposed=False)
     names = operand_names(problem)
-    if problem.experts:
-        start, sizes = operands[-1][0], operands[-1][1:]
-        operands = (*operands[:-1], tile_schedule(sizes, m, c.bm, start))
 
     def body(
         *refs,
@@ -100,25 +101,30 @@ def matmul(
     ):
         gmem, o_gm = dict(zip(names, refs, strict=False)), refs[-1]
         warpgroup, block_in_cluster = lax.axis_index(WARPGROUP), lax.axis_index(CLUSTER)
-        clusters = live_tiles(gmem["tiles"]) if problem.experts else row_clusters
+        clusters, o_rows = row_clusters, o_sm
+        if groups:
+            clusters = groups.counter(c.bm, interpret)(gmem["group_sizes"])
+            o_sm, o_rows = views(o_sm, interpret)
 
         def origin(info):
-            """Return the rows and the first channel of this block's part of a tile of the grid."""
+            """Return this block's part of a tile of the grid, and its first row and channel."""
             (linear,) = info.index
             row, column = plgpu.planar_snake(linear, (clusters, column_tiles), c.minor, c.group)
-            if problem.experts:
-                return read_tile(gmem["tiles"], row), column * c.bn
-            return Tile(0, (row * c.cluster + block_in_cluster) * c.bm, 0, m), column * c.bn
+            if groups:
+                at = groups.finder(c.bm, interpret)(gmem["group_sizes"], row)
+                return at, at.start(groups.align), column * c.bn
+            at = Tile(0, (row * c.cluster + block_in_cluster) * c.bm, c.bm)
+            return at, at.row, column * c.bn
 
         @pl.when(warpgroup == producer)
         def produce():
-            plgpu.set_max_registers(24 if c.warpgroups > 2 else 40, action="decrease")
+            plgpu.set_max_registers(32 if c.warpgroups > 2 else 40, action="decrease")
 
             @plgpu.nd_loop(
                 (clusters * column_tiles,), collective_axes=GRID, init_carry=jnp.int32(0)
             )
             def steps_done(info, carry):
-                at, n0 = origin(info)
+                at, m0, n0 = origin(info)
 
                 def step(i, count):
                     s = slot(count, stages)
@@ -129,7 +135,7 @@ def matmul(
 
                     at_k = pl.ds(i * bk, bk)
                     plgpu.copy_gmem_to_smem(
-                        gmem["x_q"].at[pl.ds(at.first, c.bm), at_k], x_sm.at[s], full.at[s]
+                        gmem["x_q"].at[pl.ds(m0, c.bm), at_k], x_sm.at[s], full.at[s]
                     )
                     plgpu.copy_gmem_to_smem(
                         gmem["w"].at[pl.ds(at.expert * n + n0, c.bn), at_k],
@@ -139,7 +145,7 @@ def matmul(
                     )
                     if grouped:
                         plgpu.copy_gmem_to_smem(
-                            gmem["x_groups"].at[i * bk // GROUP, pl.ds(at.first, c.bm)],
+                            gmem["x_groups"].at[i * bk // GROUP, pl.ds(m0, c.bm)],
                             groups_sm.at[s],
                             full.at[s],
                         )
@@ -158,7 +164,7 @@ def matmul(
                         vectors,
                         0,
                         tile_full,
-                        {"m": at.first, "n": at.expert * n + n0},
+                        {"m": m0, "n": at.expert * n + n0},
                         {"m": c.bm, "n": c.bn},
                     )
                 return count
@@ -178,7 +184,7 @@ def matmul(
 
             @plgpu.nd_loop((clusters * column_tiles,), collective_axes=GRID)
             def _(info):
-                at, n0 = origin(info)
+                at, m0, n0 = origin(info)
                 first = info.local_index * steps
 
                 def accumulate(acc):
@@ -273,24 +279,39 @@ def matmul(
                     width = min(piece, c.stage)
                     in_rows, in_columns = slice(r * 64, (r + 1) * 64), slice(column, column + width)
                     blocks = [tile[part + p][in_rows, in_columns] for p in range(c.stage // width)]
-                    first_row, first_column = at.first + my_row + r * 64, n0 + j * c.stage
-                    staging = o_sm.at[warpgroup, count % c.staging]
-                    if problem.experts:
-                        store_rows(blocks[0], staging, o_gm, first_row, first_column, at, interpret)
+                    first_row, first_column = m0 + my_row + r * 64, n0 + j * c.stage
+                    buffer = (warpgroup, count % c.staging)
+                    if groups:
+
+                        def within(row, first_row=first_row):
+                            return lax.min(lax.max(row - first_row, 0), 64)
+
+                        skipped = within(at.row)
+                        live = within(at.row + at.rows) - skipped
+                        place = (first_row + skipped, first_column, live, skipped)
+
+                        @pl.when(live > 0)
+                        def _(blocks=blocks, buffer=buffer, place=place):
+                            stage_tile(blocks, o_sm.at[buffer])
+                            store_rows(o_rows.at[buffer], o_gm, *place)
+
                         continue
                     store_tile(
                         blocks,
-                        staging,
+                        o_sm.at[buffer],
                         o_gm.at[pl.ds(first_row, 64), pl.ds(first_column, c.stage)],
                         pending=c.staging - 1,
                     )
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
+    staging = (c.warpgroups, c.staging, 64, c.stage)
     scratch = {
         "x_sm": tiled_smem((stages, c.bm, bk), problem.x_dtype),
         "w_sm": tiled_smem((stages, c.bn, bk), problem.w_dtype),
-        "o_sm": tiled_smem((c.warpgroups, c.staging, 64, c.stage), problem.out_dtype),
+        "o_sm": two_views(staging, problem.out_dtype, interpret)
+        if groups
+        else tiled_smem(staging, problem.out_dtype),
         "full": plgpu.Barrier(num_arrivals=2 + grouped, num_barriers=stages),
         "empty": plgpu.ClusterBarrier(
             collective_axes=(CLUSTER,), num_arrivals=c.warpgroups, num_barriers=stages

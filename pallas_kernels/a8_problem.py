@@ -56,7 +56,7 @@ def operand_names(problem: Problem) -> tuple[str, ...]:
     if w_block(problem):
         names.append("w_blocks")
     names += [term.name for term in epilogue_of(problem, transposed=False).terms]
-    return (*names, "tiles") if problem.experts else tuple(names)
+    return (*names, "group_sizes") if problem.experts else tuple(names)
 
 
 def accumulator_dtype(problem: Problem) -> jnp.dtype:

@@ -1,16 +1,21 @@
 """Tiles of a grouped matmul, found and stored by each thread block on its own.
 
-Rows are sorted by expert and only the device knows how many each expert has.  A launch has
-`Groups.tiles` tiles, a bound that needs no group sizes; every block finds from the sizes which rows
-and whose weights its tile has, in half a microsecond and without a kernel before it.  A tile starts
-at its first row, aligned or not: shared memory that wgmma reads in tiles of 8 rows has a second
-view in tiles of 1 row, the same bytes, which TMA fills or empties from any row on.
+Rows are sorted by expert and only the device knows how many each expert has.  A launch is sized by
+`Groups.tiles`, a bound that needs no group sizes; every block finds from the sizes which rows and
+whose weights a tile has, in a quarter of a microsecond and without a kernel before it.
+
+A tile may begin at any row: shared memory that wgmma reads in tiles of 8 rows has a second view in
+tiles of 1 row, the same bytes, which TMA fills or empties from any row on.  Where a float32 vector
+along the rows is copied too, tiles begin at a multiple of 8 rows instead, and rows of a neighbour
+in them are computed but not stored: the address at which a TMA copy starts, its coordinates
+included, must be a multiple of 16 bytes (else: CUDA_ERROR_ILLEGAL_INSTRUCTION).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -34,13 +39,17 @@ class Tile(NamedTuple):
 
     Attributes:
         expert: whose weights, a position in the stacked weight.
-        row: its first row.
-        rows: how many it has; 0 for a tile of the launch that the group sizes leave idle.
+        row: the first of its expert's rows.
+        rows: how many it has of them; 0 for a tile of the launch that the group sizes leave idle.
     """
 
-    expert: jax.Array
-    row: jax.Array
-    rows: jax.Array
+    expert: Any
+    row: Any
+    rows: Any
+
+    def start(self, align: int) -> Any:
+        """Return where the tile begins in memory if tiles begin at a multiple of `align` rows."""
+        return pl.multiple_of(lax.div(self.row, jnp.int32(align)) * align, align)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,43 +61,64 @@ class Groups:
         total: experts that have a group size.
         first: position of the weight's first expert among them.
         experts: experts of the weight.
+        align: tiles begin in memory at the next multiple of it before their first row.
     """
 
     rows: int
     total: int
     first: int
     experts: int
+    align: int = 1
 
     def tiles(self, height: int) -> int:
         """Return the largest number of tiles of `height` rows that the weight's experts can fill.
 
-        ceil(x / height) is at most (x + height - 1) / height.
+        ceil(x / height) is at most 1 + (x - 1) / height, and x counts up to align - 1 rows more.
         """
         filled = min(self.rows, self.experts)
-        return (self.rows + filled * (height - 1)) // height
+        return filled + (self.rows + (self.align - 2) * filled) // height
 
     def finder(self, height: int, interpret: bool) -> Callable[[Any, jax.Array], Tile]:
         """Return the function of the ref of the sizes and the number of a tile that finds it."""
         return _host_finder(self, height) if interpret else _device_finder(self, height)
 
+    def counter(self, height: int, interpret: bool) -> Callable[[Any], jax.Array]:
+        """Return the function of the ref of the sizes that counts the tiles that have rows."""
+        return _host_counter(self, height) if interpret else _device_counter(self, height)
+
+
+def _host_layout(groups: Groups, height: int, sizes: jax.Array) -> tuple[jax.Array, ...]:
+    """Return of each expert its position, first row, tiles, and rows before it in its tile."""
+    position = lax.broadcasted_iota(jnp.int32, sizes.shape, 0) - groups.first
+    mine = (position >= 0) & (position < groups.experts) & (sizes > 0)
+    begin = jnp.cumsum(sizes) - sizes
+    skipped = begin % groups.align
+    tiles = jnp.where(mine, (skipped + sizes + height - 1) // height, 0)
+    return position, begin, tiles, skipped
+
 
 def _host_finder(groups: Groups, height: int) -> Callable[[Any, jax.Array], Tile]:
     def find(sizes_ref: Any, index: jax.Array) -> Tile:
         sizes = sizes_ref[...]
-        position = lax.broadcasted_iota(jnp.int32, sizes.shape, 0) - groups.first
-        mine = (position >= 0) & (position < groups.experts)
-        tiles = jnp.where(mine, (sizes + height - 1) // height, 0)
-        row = jnp.cumsum(sizes) - sizes
+        position, begin, tiles, skipped = _host_layout(groups, height, sizes)
         within = index - (jnp.cumsum(tiles) - tiles)
         hit = (within >= 0) & (within < tiles)
+        start = jnp.maximum(within * height - skipped, 0)
+        stop = jnp.minimum((within + 1) * height - skipped, sizes)
 
         def pick(values: jax.Array) -> jax.Array:
             return jnp.sum(jnp.where(hit, values, 0), dtype=jnp.int32)
 
-        left = sizes - within * height
-        return Tile(pick(position), pick(row + within * height), pick(lax.min(left, height)))
+        return Tile(pick(position), pick(begin + start), pick(stop - start))
 
     return find
+
+
+def _host_counter(groups: Groups, height: int) -> Callable[[Any], jax.Array]:
+    def count(sizes_ref: Any) -> jax.Array:
+        return jnp.sum(_host_layout(groups, height, sizes_ref[...])[2], dtype=jnp.int32)
+
+    return count
 
 
 def _shuffle(kind: str, x: Any, lane: Any) -> Any:
@@ -98,80 +128,107 @@ def _shuffle(kind: str, x: Any, lane: Any) -> Any:
     return llvm.inline_asm(x.type, [x, lane], asm, "=r,r,r", has_side_effects=True)
 
 
-def _device_finder(groups: Groups, height: int) -> Callable[[Any, jax.Array], Tile]:
-    each = cdiv(groups.total, _LANES)  # experts of a lane
-    scalar = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
+class _Lanes:
+    """The experts of each lane of a warp, inside a kernel: `cdiv(total, 32)` in turn.
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=(scalar, scalar, scalar)
-    )
-    def find(ctx: Any, sizes_ref: Any, index_array: Any) -> tuple[Any, ...]:
-        i32 = ir.IntegerType.get_signless(32)
+    Attributes:
+        row, tile: rows and tiles of all lower lanes.
+        tiles: tiles of all lanes.
+    """
 
-        def const(value: int) -> Any:
-            return arith.constant(i32, ir.IntegerAttr.get(i32, value))
-
-        def less(a: Any, b: Any) -> Any:
-            return arith.cmpi(arith.CmpIPredicate.slt, a, b)
-
-        def select(condition: Any, yes: Any, no: Any) -> Any:
-            return arith.select(condition, yes, no)
-
-        zero, tall = const(0), const(height)
-        index = index_array.registers.flat[0]
-        lane = arith.remui(mgpu.thread_idx(), const(_LANES))
+    def __init__(self, groups: Groups, height: int, sizes_ref: Any):
+        self.groups, self.height = groups, height
+        self.i32 = ir.IntegerType.get_signless(32)
+        const = self.const
+        self.lane = arith.remui(mgpu.thread_idx(), const(_LANES))
+        self.first = arith.muli(self.lane, const(cdiv(groups.total, _LANES)))
         base = mgpu.memref_ptr(sizes_ref)
-        sizes, tiles, experts = [], [], []
-        for j in range(each):
-            expert = arith.addi(arith.muli(lane, const(each)), const(j))
-            inside = less(expert, const(groups.total))
-            source = mgpu.getelementptr(base, [select(inside, expert, zero)], i32)
-            size = select(inside, llvm.load(i32, source), zero)
-            after = arith.addi(size, const(height - 1))
-            count = arith.divui(after, tall)
-            mine = arith.andi(
-                less(const(groups.first - 1), expert),
-                less(expert, const(groups.first + groups.experts)),
-            )
-            sizes.append(size)
-            tiles.append(select(mine, count, zero))
-            experts.append(arith.subi(expert, const(groups.first)))
+        self.sizes = []
+        for j in range(cdiv(groups.total, _LANES)):
+            expert = arith.addi(self.first, const(j))
+            inside = self.less(expert, const(groups.total))
+            source = mgpu.getelementptr(base, [arith.select(inside, expert, const(0))], self.i32)
+            self.sizes.append(arith.select(inside, llvm.load(self.i32, source), const(0)))
+        self.row, _ = self._before(self.sizes)
+        self.tile, self.tiles = self._before([tiles for _, _, tiles, _ in self.experts()])
 
-        def before(values: list[Any]) -> Any:
-            """Return the sum over all lower lanes."""
-            own = values[0]
-            for value in values[1:]:
-                own = arith.addi(own, value)
-            running = own
-            for step in (1, 2, 4, 8, 16):
-                below = _shuffle("up", running, const(step))
-                below = select(less(lane, const(step)), zero, below)
-                running = arith.addi(running, below)
-            return arith.subi(running, own)
-
-        row, tile = before(sizes), before(tiles)
-        found = [zero, zero, zero]
-        for expert, size, count in zip(experts, sizes, tiles, strict=True):
-            within = arith.subi(index, tile)
-            hit = arith.andi(less(const(-1), within), less(within, count))
-            done = arith.muli(within, tall)
-            left = arith.subi(size, done)
-            values = expert, arith.addi(row, done), select(less(left, tall), left, tall)
-            found = [select(hit, value, old) for value, old in zip(values, found, strict=True)]
-            row, tile = arith.addi(row, size), arith.addi(tile, count)
-        # The lane that found it tells the others; lane 0, whose count is then 0, if none did.
-        some = less(zero, found[2])
-        asm = "{ .reg .pred p; setp.ne.u32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }"
-        votes: Any = llvm.inline_asm(
-            i32, [arith.extui(i32, some)], asm, "=r,r", has_side_effects=True
+    def experts(self) -> Iterator[tuple[Any, Any, Any, Any]]:
+        """Yield of each expert its position, first row, tiles, and rows before it in its tile."""
+        const, less = self.const, self.less
+        # Hidden from the compiler, which would keep the values of one call for the next, and spill.
+        row: Any = llvm.inline_asm(
+            self.i32, [self.row], "mov.b32 $0, $1;", "=r,r", has_side_effects=True
         )
-        winner = llvm.inline_asm(i32, [votes], "bfind.u32 $0, $1;", "=r,r")
-        winner = select(less(winner, zero), zero, winner)
-        told = (_shuffle("idx", value, winner) for value in found)
-        return tuple(fa.FragmentedArray.splat(value, (), is_signed=True) for value in told)
+        for j, size in enumerate(self.sizes):
+            expert = arith.addi(self.first, const(j - self.groups.first))
+            skipped = arith.remui(row, const(self.groups.align))
+            tiles = arith.addi(arith.addi(size, skipped), const(self.height - 1))
+            tiles = arith.divui(tiles, const(self.height))
+            mine = arith.andi(less(const(-1), expert), less(expert, const(self.groups.experts)))
+            mine = arith.andi(mine, less(const(0), size))
+            yield expert, row, arith.select(mine, tiles, const(0)), skipped
+            row = arith.addi(row, size)
 
-    # Inside a kernel the context is passed by the primitive.
-    found: Any = find
+    def const(self, value: int) -> Any:
+        return arith.constant(self.i32, ir.IntegerAttr.get(self.i32, value))
+
+    def less(self, a: Any, b: Any) -> Any:
+        return arith.cmpi(arith.CmpIPredicate.slt, a, b)
+
+    def _before(self, values: list[Any]) -> tuple[Any, Any]:
+        """Return the sum of the values of all lower lanes, and of all lanes."""
+        own = functools.reduce(arith.addi, values)
+        running = own
+        for step in (1, 2, 4, 8, 16):
+            below = _shuffle("up", running, self.const(step))
+            below = arith.select(self.less(self.lane, self.const(step)), self.const(0), below)
+            running = arith.addi(running, below)
+        return arith.subi(running, own), _shuffle("idx", running, self.const(_LANES - 1))
+
+
+_SCALAR = plgpu.Layout.WG_SPLAT
+_INT = plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR)
+
+
+def _splat(value: Any) -> Any:
+    return fa.FragmentedArray.splat(value, (), is_signed=True)
+
+
+def _device_counter(groups: Groups, height: int) -> Callable[[Any], jax.Array]:
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=_INT)
+    def count(ctx: Any, sizes_ref: Any) -> Any:
+        return _splat(_Lanes(groups, height, sizes_ref).tiles)
+
+    counted: Any = count  # inside a kernel the context is passed by the primitive
+    return counted
+
+
+def _device_finder(groups: Groups, height: int) -> Callable[[Any, jax.Array], Tile]:
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR), return_type=(_INT,) * 3)
+    def find(ctx: Any, sizes_ref: Any, index_array: Any) -> tuple[Any, ...]:
+        lanes = _Lanes(groups, height, sizes_ref)
+        less, zero, tall = lanes.less, lanes.const(0), lanes.const(height)
+        index = index_array.registers.flat[0]
+        tile = lanes.tile
+        found = [zero, zero, zero]
+        for size, (expert, row, tiles, skipped) in zip(lanes.sizes, lanes.experts(), strict=True):
+            within = arith.subi(index, tile)
+            hit = arith.andi(less(lanes.const(-1), within), less(within, tiles))
+            start = arith.subi(arith.muli(within, tall), skipped)
+            stop = arith.minsi(arith.addi(start, tall), size)
+            start = arith.maxsi(start, zero)
+            values = expert, arith.addi(row, start), arith.subi(stop, start)
+            found = [arith.select(hit, *pair) for pair in zip(values, found, strict=True)]
+            tile = arith.addi(tile, tiles)
+        # The lane that found it tells the others; lane 0, whose count is then 0, if none did.
+        some = arith.extui(lanes.i32, less(zero, found[2]))
+        asm = "{ .reg .pred p; setp.ne.u32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }"
+        votes: Any = llvm.inline_asm(lanes.i32, [some], asm, "=r,r", has_side_effects=True)
+        winner: Any = llvm.inline_asm(lanes.i32, [votes], "bfind.u32 $0, $1;", "=r,r")
+        winner = arith.select(less(winner, zero), zero, winner)
+        return tuple(_splat(_shuffle("idx", value, winner)) for value in found)
+
+    found: Any = find  # as in `_device_counter`
     return lambda sizes_ref, index: Tile(*found(sizes_ref, index))
 
 
@@ -197,15 +254,16 @@ def views(scratch: Any, interpret: bool) -> tuple[Any, Any]:
     return (scratch, scratch) if interpret else scratch
 
 
-def store_rows(source: Any, out: Any, row: Any, column: Any, count: Any) -> None:
-    """Store the first `count` rows, which may be none, and leave the others as they are.
+def store_rows(source: Any, out: Any, row: Any, column: Any, count: Any, skipped: Any = 0) -> None:
+    """Store `count` rows, which may be none, and leave the others as they are.
 
     Args:
         source: [rows, columns] in shared memory, in tiles of 1 row.
         out: [all rows, all columns] in global memory.
-        row: where the tile starts in `out`.
+        row: where the first of them goes in `out`.
         column: its first channel there.
         count: rows to store.
+        skipped: rows of `source` before them.
     """
     rows, columns = source.shape
     across = pl.ds(column, columns)
@@ -221,5 +279,5 @@ def store_rows(source: Any, out: Any, row: Any, column: Any, count: Any) -> None
         @pl.when((count < rows) & (count & power != 0))
         def _(power=power):
             done = count & -(2 * power)
-            part = source.at[pl.ds(done, power)]
+            part = source.at[pl.ds(skipped + done, power)]
             plgpu.copy_smem_to_gmem(part, out.at[pl.ds(row + done, power), across])

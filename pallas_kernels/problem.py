@@ -116,7 +116,7 @@ class Problem:
         What only the epilogue of an 8-bit matmul sees does not matter to its tiles: scales that are
         constant along K, zero points, and which float8 types are multiplied.
         """
-        if self.op == "matmul_a8":
+        if self.op in ("matmul_a8", "grouped_matmul_a8"):
             along_k = [s for s in (self.x_scale, self.w_scale) if "x" in s]
             return " ".join(["int8" if self.x_dtype == "int8" else "float8", *along_k])
         parts = [self.x_dtype, self.w_dtype, self.x_scale, self.w_scale]

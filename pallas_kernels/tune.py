@@ -73,6 +73,7 @@ def tune(case: Case, size: tuple[int, int, int], deadline: float) -> list[dict]:
                 "m": m,
                 "n": n,
                 "k": k,
+                **({"experts": problem.experts} if problem.experts else {}),
                 "kernel": kernel.name,
                 "config": dataclasses.asdict(config),
                 "us": round(timing.kernel, 2),

@@ -11,6 +11,7 @@ import pytest
 from a8_cases import Case
 from grouped_a8_cases import LAYOUTS, GroupedCase
 
+from pallas_kernels.a8_configs import DecodeConfig
 from pallas_kernels.grouped_a8 import GROUPED_A8_KERNELS, grouped_a8_problem, grouped_matmul_a8
 
 pytestmark = pytest.mark.gpu
@@ -105,6 +106,17 @@ def test_every_pattern_of_empty_experts(kind):
             live["x_q"] = live["x_q"][:rows]
             error = oracle.relative_error(got, patterned.expected(live))
             assert error < 2 * oracle.rounding("bfloat16"), sizes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_height_of_a_tile(kind):
+    """Experts that fill one tile and straddle several, for every height a config may get."""
+    jobs = []
+    for bm in range(8, 136, 8):
+        sizes = (3, 0, bm + 5, 1, 2 * bm + 9, 17, 0, 31)
+        case = GroupedCase(sizes, dataclasses.replace(KINDS[kind], n=256, k=512))
+        jobs += [(case, DecodeConfig(bm, 4, 1, channels, 1)) for channels in (1, 2)]
+    check(jobs)
 
 
 def test_random_problems():

@@ -13,7 +13,6 @@ from grouped_cases import Groups, patterns, structs
 
 from pallas_kernels import KernelError
 from pallas_kernels.a16_configs import A16DecodeConfig, A16PrefillConfig
-from pallas_kernels.group_tiles import Groups as Rows
 from pallas_kernels.grouped_a16 import (
     GROUPED_A16_KERNELS,
     grouped_a16_problem,
@@ -101,26 +100,6 @@ def test_runs_of_a_bank_under_the_interpreter(interpret):
     for run in runs:
         assert error(run, out) < tolerance(run)
     assert (out[sum(sizes) :] == UNTOUCHED).all()
-
-
-@pytest.mark.parametrize("height", [8, 24, 96])
-def test_tiles_cover_every_pattern_of_empty_experts(height):
-    """Each row of the weight's experts is in one tile of its own expert, and no other row is."""
-    all_sizes = patterns(8, (1, 2, 7, 8, 9, 130))
-    rows = int(all_sizes.sum(1).max())
-    groups = Rows(rows, 8, 2, 5)
-    find = groups.finder(height, interpret=True)
-    index = jnp.arange(groups.tiles(height))
-    found = jax.jit(jax.vmap(lambda s: jax.vmap(lambda i: find(s, i))(index)))(all_sizes)
-    for sizes, expert, row, live in zip(all_sizes, *map(np.asarray, found), strict=True):
-        owner = np.full(rows, -1)
-        for e, r, count in zip(expert, row, live, strict=True):
-            assert 0 <= count <= height and (owner[r : r + count] == -1).all()
-            owner[r : r + count] = e + 2
-        want = np.full(rows, -1)
-        want[: sizes.sum()] = np.repeat(np.arange(8), sizes)
-        want[(want < 2) | (want >= 7)] = -1
-        np.testing.assert_array_equal(owner, want)
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=str)

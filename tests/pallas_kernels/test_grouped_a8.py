@@ -4,6 +4,7 @@ import dataclasses
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
@@ -19,6 +20,7 @@ SMALL = Case(0, n=128, k=256)
 BLOCKED = Case(0, n=128, k=256, x_scale="1x128", w_scale="128x128")
 DECODE = DecodeConfig(bm=16, stages=3, split=1)
 PREFILL = PrefillConfig(bn=128, stages=3)
+UNTOUCHED = 7.0
 
 
 def structs(case: GroupedCase) -> dict[str, jax.ShapeDtypeStruct]:
@@ -87,6 +89,37 @@ def test_rows_of_no_expert_are_left_alone(interpret, config):
         assert live == 0 or oracle.relative_error(got[:live], expected) < tolerance(case)
 
 
+@pytest.mark.interpret
+@pytest.mark.usefixtures("two_blocks")
+@pytest.mark.parametrize(
+    "config", [dataclasses.replace(DECODE, bm=24), PREFILL], ids=["decode", "prefill"]
+)
+def test_runs_of_a_bank(interpret, config):
+    """Two launches into one array: experts 0 and 1, then 3; 2 has no weights, some rows no expert.
+
+    The tile of 24 rows is no power of two, and an expert's rows fill more than one.
+    """
+    case = GroupedCase((5, 31, 4, 9, 2), BLOCKED)
+    operands = case.operands()
+    expected, live = case.expected(operands), np.zeros(case.rows, bool)
+    operands["group_sizes"] = np.array([5, 31, 4, 9], np.int32)
+    out = np.full((case.rows, 128), UNTOUCHED, "bfloat16")
+    for first, stop in ((0, 2), (3, 4)):
+        run = {**operands, **{name: operands[name][first:stop] for name in ("w", "w_scale")}}
+        out = interpret(
+            grouped_matmul_a8,
+            **run,
+            **case.options,
+            first=first,
+            into=jnp.asarray(out),
+            config=config,
+        )
+        rows = slice(sum(case.sizes[:first]), sum(case.sizes[:stop]))
+        live[rows] = True
+    assert oracle.relative_error(out[live], expected[live]) < tolerance(case)
+    assert (out[~live] == UNTOUCHED).all(), "wrote to rows of others"
+
+
 @pytest.mark.parametrize("case", LAYOUTS, ids=str)
 def test_xla_computes_the_same(case):
     case = GroupedCase((5, 0, 1, 70, 0, 9), case)
@@ -147,10 +180,13 @@ def test_refusals_name_every_kernel():
     ("name", "value"),
     [
         ("group_sizes", np.ones(1, np.int32)),
+        ("group_sizes", np.ones((2, 1), np.int32)),
         ("group_sizes", np.ones(2, np.float32)),
         ("w_scale", np.ones((3, 128, 1), np.float32)),
         ("w", np.ones((128, 256), np.int8)),
         ("x_scale", np.ones((5, 1), np.float32)),
+        ("into", np.ones((8, 128), "bfloat16")),
+        ("into", np.ones((7, 128), np.float32)),
     ],
 )
 def test_operands_that_break_the_contract(name, value):
