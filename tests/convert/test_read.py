@@ -1,5 +1,6 @@
 """The survey of a checkpoint: what each module is, and every contradiction it must not swallow."""
 
+import dataclasses
 import json
 import warnings
 
@@ -208,6 +209,14 @@ BAD = {
     "nvfp4 both tensor scales": bad(NV, "weight_scale_2", weight_scale_2=np.float32([0.001])),
     "mxfp4 with float scales": bad(
         CASES["ct-mxfp4"], "dtype", weight_scale=np.ones((64, 3), np.float32)
+    ),
+    "mxfp4 with e4m3 scales": bad(
+        CASES["ct-mxfp4"], "weight_scale", weight_scale=np.ones((64, 3), E4M3)
+    ),
+    "e5m2 weight for an e4m3 config": bad(
+        dataclasses.replace(BLOCK, config=BLOCK.config | {"fmt": "e4m3"}),
+        "fmt",
+        weight=np.ones(BLOCK.arrays["weight"].shape, ml_dtypes.float8_e5m2),
     ),
     "gpt-oss blocks of another width": bad(GPT_OSS, "16", blocks=np.zeros((64, 6, 8), np.uint8)),
     "gpt-oss scales of another shape": bad(GPT_OSS, "[64, 3]", scales=np.zeros((64, 6), np.uint8)),
