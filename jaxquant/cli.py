@@ -15,6 +15,12 @@ from jaxquant.errors import JaxquantError
 EXPORTS = ("compressed-tensors", "gptq", "awq", "fp8", "gguf")
 
 
+def _names(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--names", help="YAML name map: what the checkpoint's tensors are called here"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jaxquant",
@@ -35,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("source", help="checkpoint directory or .gguf file")
     verb.add_argument("destination", help="directory to create; it must not exist")
     verb.add_argument("--plan", help="YAML plan: the precision and source of each weight")
+    _names(verb)
     verb.add_argument("--scheme", help="quantize every linear but lm_head, e.g. fp8 or w4a16_g32")
     verb.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32")
 
@@ -48,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("generate", help="generate text")
     verb.add_argument("model", help="checkpoint directory or .gguf file")
+    _names(verb)
     source = verb.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="one prompt")
     source.add_argument("--prompts", help='JSON lines, each {"prompt": "..."}')
@@ -60,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("eval", help="perplexity of a model on text or tokens")
     verb.add_argument("model", help="checkpoint directory or .gguf file")
+    _names(verb)
     source = verb.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", help="text file, tokenized with the model's tokenizer")
     source.add_argument("--tokens", help="NumPy file of token ids")
@@ -71,10 +80,12 @@ def _parser() -> argparse.ArgumentParser:
         "explain", help="which kernel runs each weight, and why not a faster one"
     )
     verb.add_argument("model", help="checkpoint directory or .gguf file")
+    _names(verb)
     verb.add_argument("--batch", type=int, default=1, help="rows of activations")
 
     verb = verbs.add_parser("bench", help="tokens per second of a model, prefill and decode")
     verb.add_argument("model", help="checkpoint directory or .gguf file")
+    _names(verb)
     verb.add_argument("--batch", type=int, default=8)
     verb.add_argument("--prompt-tokens", type=int, default=128)
     verb.add_argument("--new-tokens", type=int, default=64)

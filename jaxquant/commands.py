@@ -24,6 +24,11 @@ def _dtype(name: str) -> Any:
     return jnp.dtype(name)
 
 
+def _model(arguments: argparse.Namespace, path: str, **options: Any) -> jq.CausalLM:
+    dtype = _dtype(arguments.dtype)
+    return jq.from_pretrained(path, names=arguments.names, dtype=dtype, **options)
+
+
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     from rich.markup import escape
     from rich.table import Table
@@ -60,7 +65,7 @@ def convert(arguments: argparse.Namespace) -> None:
         raise FormatError(str(destination), "it exists", "nothing is overwritten")
     if arguments.scheme:
         jq.Scheme.parse(arguments.scheme)
-    model = jq.from_pretrained(arguments.source, plan=arguments.plan, dtype=_dtype(arguments.dtype))
+    model = _model(arguments, arguments.source, plan=arguments.plan)
     if arguments.scheme:
         model = jq.quantize_model(model, {r"model\.layers\..*": arguments.scheme})
     jq.save_pretrained(model, destination)
@@ -108,7 +113,7 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
 def generate(arguments: argparse.Namespace) -> None:
     """Continue prompts; JSON lines for a file of prompts, plain text for one."""
     prompts = _prompts(arguments)
-    model = jq.from_pretrained(arguments.model, dtype=_dtype(arguments.dtype))
+    model = _model(arguments, arguments.model)
     texts = jq.generate(
         model,
         prompts,
@@ -141,7 +146,7 @@ def _tokens(arguments: argparse.Namespace, model: Any) -> np.ndarray:
 
 def eval(arguments: argparse.Namespace) -> None:
     """Print the perplexity."""
-    model = jq.from_pretrained(arguments.model, dtype=_dtype(arguments.dtype))
+    model = _model(arguments, arguments.model)
     tokens = _tokens(arguments, model)
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("windows", total=None)
@@ -157,13 +162,13 @@ def eval(arguments: argparse.Namespace) -> None:
 
 def explain(arguments: argparse.Namespace) -> None:
     """Print which kernel runs each weight."""
-    model = jq.from_pretrained(arguments.model)
+    model = jq.from_pretrained(arguments.model, names=arguments.names)
     print(jq.explain(model, batch=arguments.batch))
 
 
 def bench(arguments: argparse.Namespace) -> None:
     """Print prefill and decode rates."""
-    model = jq.from_pretrained(arguments.model, dtype=_dtype(arguments.dtype))
+    model = _model(arguments, arguments.model)
     rng = np.random.default_rng(0)
     shape = (arguments.batch, arguments.prompt_tokens)
     prompts = rng.integers(0, model.config.vocab_size, shape).tolist()

@@ -26,11 +26,11 @@ from jaxquant.convert.gguf_names import (
     FUSED_STACK,
     PERMUTED,
     Name,
-    apply_map,
     ignored,
     module_name,
     parse,
 )
+from jaxquant.convert.name_map import NameMap, read_names, rename
 from jaxquant.convert.read_gguf import Gguf, GgufTensor, open_gguf
 from jaxquant.errors import PlanError
 from jaxquant.formats import gguf
@@ -213,21 +213,21 @@ class _Assembler:
 
 def open_gguf_model(
     path: str | Path,
-    names: Mapping[str, str] | None = None,
+    names: NameMap | str | Path | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> GgufModel:
     """Open the model in a GGUF file: every tensor is claimed by a name, or ignored for a reason.
 
     Args:
         path: the file, or any part of a split one.
-        names: entries of a name map that go before the architecture's own, from tensor names to
-            names of the module tree; ``{}`` stands for a number
-            (``{"blk.{}.attn_q": "model.layers.{}.self_attn.q_proj"}``).
+        names: a name map, or a YAML file with one, that goes before the architecture's own (see
+            :mod:`jaxquant.convert.name_map`):
+            ``{"blk.{}.attn_q": "model.layers.{}.self_attn.q_proj"}``.
         config: a ``config.json`` to use instead of the metadata, for architectures that are not
             known.
     Raises:
         FormatError: the file is damaged, or its architecture is unknown and no config is given.
-        PlanError: tensors without a name, or two for one name; all of them.
+        PlanError: tensors without a name, two for one name, or entries that fit nothing; all.
         ConfigError: an entry of ``names`` is not valid.
     """
     file = open_gguf(path)
@@ -236,8 +236,9 @@ def open_gguf_model(
     permuted = file.metadata.get("general.architecture") in PERMUTED
     parts = _Assembler(file, config, permuted)
     split_layers: set[int] = set()
+    renamed = rename(read_names(names), file.tensors, str(file.path))
     for name, tensor in file.tensors.items():
-        target = apply_map(name, names or {})
+        target = renamed.get(name)
         if target is None and ignored(name, config["num_hidden_layers"]):
             continue
         parsed = parse(name)

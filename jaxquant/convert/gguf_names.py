@@ -1,13 +1,12 @@
 """Names of GGUF tensors and the names of the module tree, for the architectures jaxquant builds.
 
-The files' names come from llama.cpp's converters, the module names from Hugging Face.  A name map
-of the user's own goes before the table and also serves architectures that are not in it.
+The files' names come from llama.cpp's converters, the module names from Hugging Face.  A user's own
+map (:mod:`jaxquant.convert.name_map`) goes before the table.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from jaxquant.errors import ConfigError
@@ -171,30 +170,3 @@ def gguf_name(name: str) -> tuple[str, int | None]:
         if rest in _STEMS:
             return block + _STEMS[rest] + suffix, None
     raise ConfigError(name, "no GGUF tensor has this role", "a module of a known architecture")
-
-
-def apply_map(name: str, names: Mapping[str, str]) -> str | None:
-    """Translate a tensor name by a user's map, or None where no entry fits.
-
-    An entry maps a name to a name; ``{}`` stands for a number (a layer, an expert), in the same
-    order on both sides.
-
-    >>> apply_map("blk.12.attn_q.weight", {"blk.{}.attn_q": "model.layers.{}.self_attn.q_proj"})
-    'model.layers.12.self_attn.q_proj.weight'
-
-    Raises:
-        ConfigError: an entry has more numbers on the right than on the left.
-    """
-    for source, target in names.items():
-        pattern = r"(\d+)".join(re.escape(part) for part in source.split("{}"))
-        found = re.fullmatch(rf"{pattern}(\.weight|\.bias)?", name)
-        if not found:
-            continue
-        numbers = found.groups()[:-1]
-        if target.count("{}") > len(numbers):
-            rule = "each {} on the right has one on the left"
-            raise ConfigError("names", f"{source!r}: {target!r}", rule)
-        return target.replace("{}", "%s") % numbers[: target.count("{}")] + (
-            found.groups()[-1] or ""
-        )
-    return None

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxquant.convert.gguf_tokenizer import read_tokenizer
+from jaxquant.convert.name_map import NameMap
 from jaxquant.convert.placement import placer
 from jaxquant.convert.plan_file import read_plan
 from jaxquant.convert.progress import byte_progress
@@ -91,6 +92,7 @@ def from_pretrained(
     path: str | Path,
     *,
     plan: str | Path | None = None,
+    names: NameMap | str | Path | None = None,
     mesh: Mesh | None = None,
     dtype: Any = jnp.bfloat16,
     scan_layers: bool = False,
@@ -101,6 +103,8 @@ def from_pretrained(
         path: a directory of safetensors (quantized by any known format, or not), a ``.gguf`` file,
             or a directory that :func:`save_pretrained` wrote.
         plan: YAML file that mixes weights of several checkpoints.
+        names: what tensors of this checkpoint are called in the model, where it does not use the
+            usual names: a map, or a YAML file with one (see :mod:`jaxquant.convert.name_map`).
         mesh: places weights over devices; axes named ``tp`` (or ``model``) split heads and inner
             widths, ``ep`` (or ``expert``) splits experts, any others replicate.
         dtype: compute dtype, float32, bfloat16 or float16.  Weights keep their own.
@@ -121,17 +125,17 @@ def from_pretrained(
     prepares = mesh is None and has_kernels()
     tokenizer = tokenizer_of(path)
     if is_saved(path):
-        if plan is not None:
-            raise ConfigError(
-                "plan", str(plan), f"{path} is converted already", "plan the original"
-            )
+        for option, value in (("plan", plan), ("names", names)):
+            if value is not None:
+                rule = f"{path} is converted already"
+                raise ConfigError(option, str(value)[:200], rule, "use the original checkpoint")
         model = load_saved(path, mesh)
         if prepares:
             model = prepare_model(model)
         if scan_layers:
             model = stack_layers(model)
     else:
-        source = open_source(path, None if plan is None else read_plan(plan))
+        source = open_source(path, None if plan is None else read_plan(plan), names)
         items = {**source.arrays, **source.weights}
         weights = {name: item.abstract for name, item in source.weights.items()}
         arrays = {name: item.abstract for name, item in source.arrays.items()}

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from jaxquant.arrays.layout import Layout
 from jaxquant.arrays.qtensor import QTensor
+from jaxquant.convert.name_map import NameMap, renamed
 from jaxquant.convert.read_checkpoint import Checkpoint as Checkpoint
 from jaxquant.convert.read_checkpoint import open_checkpoint as open_checkpoint
 from jaxquant.convert.read_experts import (
@@ -291,17 +292,25 @@ def modules(checkpoint: Checkpoint) -> dict[str, QuantizedModule]:
     return survey(checkpoint).modules
 
 
-def read_quantized(path: str | Path) -> dict[str, QTensor]:
+def read_quantized(
+    path: str | Path, *, names: NameMap | str | Path | None = None
+) -> dict[str, QTensor]:
     """Read every linear of a checkpoint directory or ``.gguf`` file.
 
     Args:
         path: a directory of safetensors, or a GGUF file (of any architecture).
+        names: a name map, or a YAML file with one (see :mod:`jaxquant.convert.name_map`); modules
+            that it does not mention keep their names.
     Returns:
         module path -> weight; unquantized linears are dense.  Leaves are NumPy arrays.  A GGUF
         file's own names and row order are kept (``blk.0.attn_q``), its experts stay stacked.
     Raises:
         FormatError: the checkpoint breaks its format.
+        ConfigError: an entry of ``names`` is not valid.
+        PlanError: entries of ``names`` that fit nothing, disagree or make two names one.
     """
     if Path(path).suffix == ".gguf":
-        return read_gguf_quantized(path)
-    return {name: module.load() for name, module in modules(open_checkpoint(path)).items()}
+        return read_gguf_quantized(path, names)
+    contents = survey(open_checkpoint(path))
+    new = renamed(names, contents.modules, contents.tensors, str(path)).modules
+    return {new.get(name, name): module.load() for name, module in contents.modules.items()}

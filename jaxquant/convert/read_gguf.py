@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.convert.gguf_header import Header, TensorInfo, parse_header
+from jaxquant.convert.name_map import NameMap, read_names, rename
 from jaxquant.convert.read_safetensors import map_file
 from jaxquant.errors import FormatError
 from jaxquant.formats import gguf
@@ -219,20 +220,26 @@ def open_gguf(path: str | Path) -> Gguf:
     return Gguf(path, first.version, first.metadata, tensors)
 
 
-def read_gguf_quantized(path: str | Path) -> dict[str, QTensor]:
+def read_gguf_quantized(
+    path: str | Path, names: NameMap | str | Path | None = None
+) -> dict[str, QTensor]:
     """Read every weight of a GGUF file, of any architecture, without dequantizing.
 
     Args:
         path: the file, or any part of a split one.
+        names: a name map, or a YAML file with one; see :mod:`jaxquant.convert.name_map`.
     Returns:
         QTensors ``[*lead, out, in]`` by the file's own module names, ``blk.0.attn_q``: rows of
         ``q`` and ``k`` in the file's order, experts stacked.  IQ1 to IQ3 are decoded to float32.
     Raises:
         FormatError: the file is damaged, or a codebook is missing.
+        ConfigError: an entry of ``names`` is not valid.
+        PlanError: entries of ``names`` that fit nothing, disagree or make two names one.
     """
     file = open_gguf(path)
+    new = rename(read_names(names), file.tensors, str(path))
     return {
-        name.removesuffix(".weight"): file.qtensor(name)
+        new.get(name, name).removesuffix(".weight"): file.qtensor(name)
         for name, tensor in file.tensors.items()
         if tensor.is_weight
     }

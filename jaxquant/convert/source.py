@@ -17,9 +17,10 @@ import numpy as np
 
 from jaxquant.arrays.scheme import Scheme
 from jaxquant.convert.gguf_model import open_gguf_model
+from jaxquant.convert.name_map import NameMap, renamed
 from jaxquant.convert.names import canonical, ignored
 from jaxquant.convert.plan_file import BASE, PrecisionPlan, resolve
-from jaxquant.convert.read import QuantizedModule, survey
+from jaxquant.convert.read import EMBEDDINGS, QuantizedModule, survey
 from jaxquant.convert.read_checkpoint import open_checkpoint
 from jaxquant.convert.read_json import load_object
 from jaxquant.convert.read_kv import is_kv_scale, kv_scales
@@ -102,7 +103,7 @@ def _generation_config(path: Path) -> dict[str, Any] | None:
     return load_object(file) if file.is_file() else None
 
 
-def _directory_source(path: Path) -> ModelSource:
+def _directory_source(path: Path, names: NameMap | str | Path | None) -> ModelSource:
     checkpoint = open_checkpoint(path)
     with within(path, f"{path}/"):
         config = ModelConfig.from_hf(checkpoint.config, _generation_config(path))
@@ -112,17 +113,26 @@ def _directory_source(path: Path) -> ModelSource:
     if config.moe is not None:
         experts = config.moe.routing.experts * sum(config.moe_layers)
         _check_count(experts, "experts in all layers", len(contents.modules), where)
+    new = renamed(names, contents.modules, contents.tensors, str(path))
     tensors = {n: t for n, t in contents.tensors.items() if not is_kv_scale(n)}
+    embeddings = {
+        n: f"{to}.weight"
+        for n, to in new.modules.items()
+        if EMBEDDINGS.search(to) and contents.modules[n].format.name == "dense"
+    }
+    tensors |= {f"{n}.weight": contents.modules[n].raw["weight"] for n in embeddings}
+    targets = new.tensors | {f"{n}.weight": to for n, to in embeddings.items()}
+    linears = {n: m for n, m in contents.modules.items() if n not in embeddings}
     weights: dict[str, Item] = {}
     arrays: dict[str, Item] = {}
     left_out: dict[str, str] = {}
     problems = []
-    for table, pieces in (
-        (weights, ((n, _module_item(m, str(path))) for n, m in contents.modules.items())),
-        (arrays, ((n, _array_item(t, str(path))) for n, t in tensors.items())),
+    for table, given, pieces in (
+        (weights, new.modules, ((n, _module_item(m, str(path))) for n, m in linears.items())),
+        (arrays, targets, ((n, _array_item(t, str(path))) for n, t in tensors.items())),
     ):
         for name, item in pieces:
-            known = canonical(name)
+            known = given.get(name) or canonical(name)
             reason = ignored(known, config)
             if reason is not None:
                 left_out[name] = reason
@@ -130,9 +140,11 @@ def _directory_source(path: Path) -> ModelSource:
                 problems.append(f"{name}: a second tensor for {known}")
             else:
                 table[known] = item
+    attention = {n.rpartition(".")[0]: to.rpartition(".")[0] for n, to in new.modules.items()}
     for layer, scales in kv_scales(checkpoint).items():
+        owner = attention.get(layer) or canonical(layer)
         for part, value in (("k", scales.k), ("v", scales.v)):
-            arrays[f"{canonical(layer)}.{part}_scale"] = _loaded_item(value, str(path))
+            arrays[f"{owner}.{part}_scale"] = _loaded_item(value, str(path))
         for part, value in (("q", scales.q), ("prob", scales.prob)):
             if value is not None:
                 left_out[f"{layer}.{part}_scale"] = "queries and attention weights stay unquantized"
@@ -158,8 +170,8 @@ def _check_count(found: int, what: str, held: int, where: str) -> None:
         )
 
 
-def _gguf_source(path: Path) -> ModelSource:
-    model = open_gguf_model(path)
+def _gguf_source(path: Path, names: NameMap | str | Path | None) -> ModelSource:
+    model = open_gguf_model(path, names)
     items = {
         name: Item(
             piece.abstract,
@@ -177,16 +189,26 @@ def _gguf_source(path: Path) -> ModelSource:
     return ModelSource(path, config, model.config, weights, arrays, {})
 
 
-def open_source(path: str | Path, plan: PrecisionPlan | None = None) -> ModelSource:
+def open_source(
+    path: str | Path,
+    plan: PrecisionPlan | None = None,
+    names: NameMap | str | Path | None = None,
+) -> ModelSource:
     """Open a checkpoint directory or ``.gguf`` file, mixed with others where there is a plan.
 
+    Args:
+        path: the checkpoint.
+        plan: which weights come from elsewhere.
+        names: name map of this checkpoint (not of the plan's others); see
+            :mod:`jaxquant.convert.name_map`.
     Raises:
         FormatError: a file or config breaks its rules.
         ConfigError: an architecture that is not known.
         PlanError: names that do not fit together, or a plan that cannot be met; all problems.
     """
     path = Path(path)
-    opened = _gguf_source(path) if path.suffix == ".gguf" else _directory_source(path)
+    open_it = _gguf_source if path.suffix == ".gguf" else _directory_source
+    opened = open_it(path, names)
     return opened if plan is None else _planned_source(opened, plan)
 
 
