@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from jaxquant.arrays.layout import WHOLE, Grid, cells
 from jaxquant.arrays.qtensor import QTensor
@@ -157,7 +158,7 @@ def take_lead(leaf: Any, index: Any) -> Any:
     that out of the loop: it then converts the whole array for the one entry that is read.  There
     the same bits are sliced as integers.
     """
-    narrow = isinstance(leaf, jax.core.Tracer) and str(leaf.dtype).startswith(
+    narrow = isinstance(leaf, Tracer) and str(leaf.dtype).startswith(
         ("bfloat16", "float8")
     )
     if not narrow:
