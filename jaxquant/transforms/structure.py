@@ -158,9 +158,7 @@ def take_lead(leaf: Any, index: Any) -> Any:
     that out of the loop: it then converts the whole array for the one entry that is read.  There
     the same bits are sliced as integers.
     """
-    narrow = isinstance(leaf, Tracer) and str(leaf.dtype).startswith(
-        ("bfloat16", "float8")
-    )
+    narrow = isinstance(leaf, Tracer) and str(leaf.dtype).startswith(("bfloat16", "float8"))
     if not narrow:
         return leaf[index]
     bits = jnp.uint8 if leaf.dtype.itemsize == 1 else jnp.uint16
