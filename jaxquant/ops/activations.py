@@ -48,11 +48,20 @@ class QuantizedActivation:
         return value * jnp.repeat(self.scale, self.group, axis=-1)[..., : value.shape[-1]]
 
 
+def _rounded(codes: jax.Array) -> jax.Array:
+    """Narrow floats as float32, rounded for sure.
+
+    XLA may keep more precision than asked for: on a GPU it drops a conversion to 8 bits and back
+    where it can fuse both, and the activations would not be quantized at all.
+    """
+    return lax.optimization_barrier(codes).astype(jnp.float32)
+
+
 def _round_to_code(x: jax.Array, spec: ActSpec) -> jax.Array:
     """Nearest number of the code's alphabet, saturating, still float32."""
     code = spec.code
     if code.kind == "float":
-        return encode_values(x, code).astype(jnp.float32)
+        return _rounded(encode_values(x, code))
     if code.kind == "table":
         assert len(E2M1_THRESHOLDS) == 7
         return jnp.asarray(code.table, jnp.float32)[encode_values(x, code)]
@@ -82,7 +91,7 @@ def _dynamic_scale(amax: jax.Array, spec: ActSpec, tensor_scale: Any) -> jax.Arr
         scale = jnp.ldexp(jnp.float32(1), exponent - (mantissa == 0.5))
     elif spec.scale_code == "e4m3":
         local = jnp.clip(_divide(scale, tensor_scale), 2.0**-9, 448.0).astype(jnp.float8_e4m3fn)
-        scale = local.astype(jnp.float32) * tensor_scale
+        scale = _rounded(local) * tensor_scale
     return jnp.where(amax > 0, scale, 1.0)
 
 

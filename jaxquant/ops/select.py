@@ -149,11 +149,24 @@ def _each_run(
     group_sizes: jax.Array,
     interpret: bool = False,
 ) -> jax.Array:
-    """Let every run write its rows into one array: those of XLA first, which start from zeros."""
-    slow = [i for i, candidate in enumerate(taken) if candidate is None]
-    y = grouped_matmul_xla(x, bank, group_sizes, slow) if slow else None
+    """Let every run with a kernel write its rows into one array, then merge those that XLA made.
+
+    A kernel writes only into an array that another kernel made.  Into the result of XLA's loop the
+    rows of the first kernel were lost on a GPU, for a reason that was not found.
+    """
+    y = None
     for candidate, part, run in zip(taken, bank.parts, bank.runs, strict=True):
         if candidate is not None:
             y = candidate.run(x, part, group_sizes, run.start, y, interpret)
     assert y is not None
-    return y
+    slow = [i for i, candidate in enumerate(taken) if candidate is None]
+    if not slow:
+        return y
+    plain = grouped_matmul_xla(x, bank, group_sizes, slow)
+    ends = jnp.cumsum(group_sizes)
+    row = jnp.arange(x.shape[0])
+    made = jnp.zeros(x.shape[0], bool)
+    for run in (bank.runs[i] for i in slow):
+        first = ends[run.start] - group_sizes[run.start]
+        made |= (row >= first) & (row < ends[run.stop - 1])
+    return jnp.where(made[:, None], plain, y)
