@@ -194,16 +194,29 @@ def require_hopper(problem: Problem) -> str | None:
 
 
 # An H100 has the same multiprocessors, as many of them, and slower memory: nobody tuned it apart.
-_TUNED_FILES = {"NVIDIA H200": "h200.json", "NVIDIA H100 80GB HBM3": "h200.json"}
+# The tables of a GPU; entries of a later one replace those of an earlier one for the same problem.
+_TUNED_FILES = {
+    "NVIDIA H200": ("h200.json",),
+    "NVIDIA H100 80GB HBM3": ("h200.json", "h100.json"),
+}
+
+
+def tuned_paths(device_name: str) -> tuple[Path, ...]:
+    """Return the files of a GPU's tuned configs, its own last; none for a GPU nobody measured."""
+    folder = Path(__file__).parent / "tuned"
+    return tuple(folder / file for file in _TUNED_FILES.get(device_name, ()))
 
 
 @functools.cache
 def tuned_table(device_name: str) -> dict[str, list[dict[str, Any]]]:
     """Return the measured configs of a GPU, op -> entries; empty for a GPU nobody measured."""
-    file = _TUNED_FILES.get(device_name)
-    if file is None:
-        return {}
-    return json.loads((Path(__file__).parent / "tuned" / file).read_text())
+    table: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
+    for path in tuned_paths(device_name):
+        for op, entries in json.loads(path.read_text()).items():
+            for entry in entries:
+                key = tuple(entry.get(name) for name in ("kind", "m", "n", "k", "experts"))
+                table.setdefault(op, {})[key] = entry
+    return {op: list(entries.values()) for op, entries in table.items()}
 
 
 def tuned_config(kernels: Iterable[Kernel], problem: Problem) -> tuple[Kernel, Config] | None:

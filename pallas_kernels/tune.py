@@ -1,7 +1,7 @@
 """Measure every candidate config: `python -m pallas_kernels.tune [--op NAME] [--out FILE]`.
 
 A candidate counts only if its result agrees with XLA's.  The best of each problem is merged into
-the tuned table of this GPU; delete the file's entries to start afresh.
+this GPU's own file of tuned configs; delete the file's entries to start afresh.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.bench.cases import CASES, Case
 from pallas_kernels.bench.timing import copies, measure, program
-from pallas_kernels.problem import Config, Kernel, Problem
-
-TABLE = Path(__file__).parent / "tuned" / "h200.json"
+from pallas_kernels.problem import Config, Kernel, Problem, current_device, tuned_paths
 
 
 def relative_error(got: jax.Array, want: jax.Array) -> float:
@@ -108,12 +106,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--op", choices=[case.name for case in CASES], action="append")
     parser.add_argument("--shape", action="append", help="MxNxK; all shapes when left out")
-    parser.add_argument("--out", type=Path, default=TABLE, help="the table to write")
+    parser.add_argument("--out", type=Path, help="the file to write; this GPU's own by default")
     parser.add_argument("--log", type=Path, help="write every measured candidate to this file")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop measuring after this long")
     arguments = parser.parse_args()
     deadline = time.time() + arguments.seconds
-    table = json.loads(TABLE.read_text())
+    own = tuned_paths(current_device().name)
+    if not own and arguments.out is None:
+        parser.error(f"{current_device().name} has no file of tuned configs: name one with --out")
+    table = json.loads(own[-1].read_text()) if own else {}
+    out = arguments.out or own[-1]
     log = []
     for case in CASES:
         if arguments.op and case.name not in arguments.op:
@@ -131,7 +133,7 @@ def main() -> None:
                 print(
                     f"{case.name} {shape} {time.time() - start:.0f} s", *best, sep=" | ", flush=True
                 )
-            write_table(arguments.out, table)
+            write_table(out, table)
             if arguments.log:
                 arguments.log.write_text(json.dumps(log))
 

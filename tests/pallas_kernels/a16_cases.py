@@ -237,3 +237,20 @@ NARROW = (
     Case(0, x="float8_e4m3fn", group=None, scale="float32"),
     Case(0, x="float8_e4m3fn", group=32, zero=True, bias="bfloat16"),
 )
+# Kind of the tuned table -> case.
+TUNED = {
+    "bfloat16 uint4 none g128": Case(0),
+    "bfloat16 uint4 none g32": Case(0, group=32),
+    "bfloat16 int8 none g128 float32": Case(0, code="int8", scale="float32"),
+    "bfloat16 float8_e4m3fn none g128 float32": Case(0, code="float8_e4m3fn", scale="float32"),
+    "bfloat16 int8 none g32": Q8_0,
+}
+TUNED_TWO_LEVEL = {
+    "bfloat16 float4_e2m1fn none g16 float8_e4m3fn factor one": dataclasses.replace(
+        NVFP4, factor=1 << 20
+    ),
+    "bfloat16 float4_e2m1fn none g32 float8_e8m0fnu": MXFP4,
+    "bfloat16 uint4 none g32 uint8 super offset zero": Q4_K,
+    "bfloat16 uint5 none g32 uint8 super offset zero": Q5_K,
+    "bfloat16 uint6 none g16 int8 super": Q6_K,
+}

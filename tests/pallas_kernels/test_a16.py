@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from a16_cases import FORMATS, NARROW, TWO_LEVEL, Case
+from a16_cases import FORMATS, NARROW, TUNED, TUNED_TWO_LEVEL, TWO_LEVEL, Case
 
 from pallas_kernels import KernelError, matmul_a16, matmul_w4a8, unpack
 from pallas_kernels.a16_configs import A16DecodeConfig, A16PrefillConfig
@@ -177,10 +177,8 @@ def test_every_candidate_of_narrow_activations_lowers_to_cuda(lower):
 
 
 def tuned_case(entry: dict) -> Case:
-    x, code, _, group, *rest = entry["kind"].split()
-    scale = "float32" if "float32" in rest else "bfloat16"
-    size = (entry["m"], entry["n"], entry["k"])
-    return Case(*size, code=code, group=int(group[1:]), zero="zero" in rest, scale=scale, x=x)
+    case = {**TUNED, **TUNED_TWO_LEVEL}[entry["kind"]]
+    return dataclasses.replace(case, m=entry["m"], n=entry["n"], k=entry["k"])
 
 
 @pytest.mark.parametrize(
@@ -205,8 +203,8 @@ def test_untuned_types_use_the_configs_of_tuned_ones(lower):
 
 
 @pytest.mark.parametrize("case", FORMATS, ids=str)
-def test_scales_are_exact_for_few_tokens_but_in_groups_of_32(case):
-    expected = "a16_prefill" if case.group == 32 else "a16_decode"
+def test_scales_are_exact_for_few_tokens_but_of_4_bits_in_groups_of_32(case):
+    expected = "a16_prefill" if (case.code, case.group) == ("uint4", 32) else "a16_decode"
     for m in (1, 5, 32):
         for k in (192, 1024, 4096):
             problem = a16_problem(**dataclasses.replace(case, m=m, k=k).structs())

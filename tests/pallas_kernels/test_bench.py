@@ -14,12 +14,12 @@ from pallas_kernels.bench import bars
 from pallas_kernels.bench.cases import CASES
 from pallas_kernels.bench.limits import Limits
 from pallas_kernels.bench.timing import copies
-from pallas_kernels.problem import H200, select, tuned_config
-from pallas_kernels.tune import TABLE, candidates, merge, write_table
+from pallas_kernels.problem import H200, select, tuned_config, tuned_paths, tuned_table
+from pallas_kernels.tune import candidates, merge, write_table
 
 
 def test_the_tuned_table_is_written_as_it_was_read(tmp_path):
-    table = json.loads(TABLE.read_text())
+    table = tuned_table("NVIDIA H200")
     write_table(tmp_path / "table.json", table)
     again = json.loads((tmp_path / "table.json").read_text())
     assert {op: len(entries) for op, entries in table.items()} == {
@@ -27,6 +27,16 @@ def test_the_tuned_table_is_written_as_it_was_read(tmp_path):
     }
     for op, entries in table.items():
         assert all(entry in again[op] for entry in entries)
+
+
+def test_a_card_of_its_own_replaces_entries_and_keeps_the_rest():
+    common, own = (json.loads(path.read_text()) for path in tuned_paths("NVIDIA H100 80GB HBM3"))
+    table = tuned_table("NVIDIA H100 80GB HBM3")
+    for op, entries in own.items():
+        assert entries and all(entry in table[op] for entry in entries)
+        assert len(table[op]) == len(common[op]), "each replaces one"
+        assert any(entry not in common[op] for entry in entries)
+    assert tuned_table("an unknown card") == {} and tuned_paths("an unknown card") == ()
 
 
 def test_merge_replaces_the_entry_of_the_same_problem():

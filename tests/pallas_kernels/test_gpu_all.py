@@ -7,7 +7,6 @@ on all cores; it is the compilation of some 1500 programs that takes the time.
 import concurrent.futures
 import dataclasses
 import functools
-import json
 import zlib
 
 import jax
@@ -15,7 +14,8 @@ import numpy as np
 import pytest
 from a8_cases import LAYOUTS
 from a8_cases import Case as A8
-from a16_cases import FORMATS, MXFP4, NARROW, NVFP4, Q4_K, Q5_K, Q6_K, Q8_0
+from a16_cases import FORMATS, NARROW, TUNED_TWO_LEVEL
+from a16_cases import TUNED as A16_TUNED
 from a16_cases import Case as A16
 from on_device import Trial, draw, judge, runner, trial_of
 
@@ -27,7 +27,7 @@ from pallas_kernels import (
     a16_problem,
     w4a8_problem,
 )
-from pallas_kernels.tune import TABLE
+from pallas_kernels.problem import current_device, tuned_table
 
 on_gpu = pytest.mark.gpu
 
@@ -46,16 +46,6 @@ OTHERS = {
 KINDS = {f"{type(case).__module__} {case}": case for case in (*LAYOUTS, *FORMATS, *NARROW)}
 # 39 kinds x 10 sizes x 26 problems.
 SIZES, PROBLEMS = 10, 26
-# Kinds whose scales have two levels; `test_a16_gpu` runs their entries, on the NumPy oracle.
-TWO_LEVEL = {
-    "bfloat16 float4_e2m1fn none g16 float8_e4m3fn factor one": dataclasses.replace(
-        NVFP4, factor=1 << 20
-    ),
-    "bfloat16 float4_e2m1fn none g32 float8_e8m0fnu": MXFP4,
-    "bfloat16 uint4 none g32 uint8 super offset zero": Q4_K,
-    "bfloat16 uint5 none g32 uint8 super offset zero": Q5_K,
-    "bfloat16 uint6 none g16 int8 super": Q6_K,
-}
 # op -> kernels, and kind of the tuned table -> case.
 TUNED = {
     "matmul_a8": (
@@ -68,16 +58,7 @@ TUNED = {
     ),
     "matmul_a16": (
         A16_KERNELS,
-        {
-            "bfloat16 uint4 none g128": A16(0),
-            "bfloat16 uint4 none g32": A16(0, group=32),
-            "bfloat16 int8 none g128 float32": A16(0, code="int8", scale="float32"),
-            "bfloat16 float8_e4m3fn none g128 float32": A16(
-                0, code="float8_e4m3fn", scale="float32"
-            ),
-            "bfloat16 int8 none g32": Q8_0,
-            **TWO_LEVEL,
-        },
+        {**A16_TUNED, **TUNED_TWO_LEVEL},
     ),
 }
 
@@ -129,9 +110,9 @@ def test_random_problems(kind):
 
 
 def entries() -> dict[str, list[dict]]:
-    """Return "op, kind, layer" -> tuned entries."""
+    """Return "op, kind, layer" -> tuned entries of this card; two levels run in `test_a16_gpu`."""
     groups: dict[str, list[dict]] = {}
-    for op, found in json.loads(TABLE.read_text()).items():
+    for op, found in tuned_table(current_device().name).items():
         for entry in found if op in TUNED else ():
             groups.setdefault(f"{op} {entry['kind']} {entry['n']}x{entry['k']}", []).append(
                 {**entry, "op": op}
@@ -166,7 +147,7 @@ def test_every_tuned_config_has_a_case_that_it_can_run(layer):
 
 @on_gpu
 @pytest.mark.parametrize(
-    "layer", [name for name, group in ENTRIES.items() if group[0]["kind"] not in TWO_LEVEL]
+    "layer", [name for name, group in ENTRIES.items() if group[0]["kind"] not in TUNED_TWO_LEVEL]
 )
 def test_every_tuned_config(layer):
     """Each on the problem that it was tuned for, in full."""
