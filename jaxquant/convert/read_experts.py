@@ -5,6 +5,7 @@ Whether a stack is transposed or interleaved follows from the model type, never 
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -129,9 +130,14 @@ def check_expert_indices(paths: Iterable[str], config: Mapping[str, Any], where:
 
 
 def _some(numbers: list[int]) -> str:
-    """A list as text; past the most experts a layer has, only how many more."""
-    more = len(numbers) - 256
-    return f"{numbers[:256]} and {more} more" if more > 0 else str(numbers)
+    """A list as text, neighbours as ranges; past the most experts a layer has, how many more."""
+    ranges: list[str] = []
+    for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in group]
+        ranges += [f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run)
+    more = len(ranges) - 256
+    shown = ", ".join(ranges[:256])
+    return f"[{shown}]" + (f" and {more} more" if more > 0 else "")
 
 
 def fill_cold_experts(groups: Mapping[str, dict[str, RawTensor]]) -> None:
