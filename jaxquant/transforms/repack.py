@@ -167,14 +167,14 @@ class HostMemory(mmap.mmap):
 def aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     """``np.empty`` whose data starts on a boundary that devices take over without a copy.
 
-    Large arrays get huge pages that are there from the start: filling fresh memory page by page
-    takes several times longer than what is written to it.
+    Large arrays get pages that are there from the start: filling fresh memory page by page takes
+    several times longer than what is written to it.  Huge pages are not asked for: where memory is
+    fragmented the kernel moves other pages to make room, which cost 2.5 times the whole import.
     """
     size = math.prod(shape) * dtype.itemsize
-    if size >= _LARGE and hasattr(mmap, "MADV_HUGEPAGE"):
+    if size >= _LARGE and hasattr(mmap, "MAP_ANONYMOUS"):
         memory = HostMemory(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         octets = np.frombuffer(memory, np.uint8)
-        advise(octets, mmap.MADV_HUGEPAGE)
         advise(octets, MADV_POPULATE_WRITE)
         return octets.view(dtype).reshape(shape)
     octets = np.empty(size + _ALIGNMENT, np.uint8)
