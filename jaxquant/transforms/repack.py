@@ -168,8 +168,8 @@ def aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     """``np.empty`` whose data starts on a boundary that devices take over without a copy.
 
     Large arrays get pages that are there from the start: filling fresh memory page by page takes
-    several times longer than what is written to it.  Huge pages are not asked for: where memory is
-    fragmented the kernel moves other pages to make room, which cost 2.5 times the whole import.
+    several times longer than what is written to it.  Huge pages are not asked for: on a machine
+    that had run for hours the import took 2.5 times as long with them, probably for compaction.
     """
     size = math.prod(shape) * dtype.itemsize
     if size >= _LARGE and hasattr(mmap, "MAP_ANONYMOUS"):

@@ -95,5 +95,5 @@ def test_the_peers_scale_explains_the_difference(folder: Path, monkeypatch: pyte
     jax.clear_caches()
     peer = of_tokens(from_pretrained(folder, dtype=jnp.float32), reference)
     jax.clear_caches()
-    # One activation on a tie between two codes of int8 is 1e-4 of its token, and depends on fusion.
+    # One token of int8 differs by 1.2e-4: probably an activation on a tie between two codes.
     assert np.sort(peer.ravel())[-2] < 3e-6 and peer.max() < 5e-4 < 0.01 < own < 0.15
