@@ -19,7 +19,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 CASE = {case.name: case for case in CASES}
 # Heading -> ops side by side, where peers are few or none.
 TOGETHER = {
-    "4- and 8-bit weights, us (of the copy bandwidth)": (
+    "4- and 8-bit weights, us (of the memory bandwidth)": (
         "w4a16",
         "w4a16_zero",
         "w4a16_g64",
@@ -29,7 +29,7 @@ TOGETHER = {
         "w4a8_int8",
         "w4a8_fp8",
     ),
-    "Activation quantization, bfloat16 to e4m3, us (of the copy bandwidth)": tuple(
+    "Activation quantization, bfloat16 to e4m3, us (of the memory bandwidth)": tuple(
         name for name in CASE if name.startswith("quantize_")
     ),
 }
@@ -60,7 +60,7 @@ def against_peers(rows: list[Row]) -> str:
             }
             if ratios:
                 best[clock] = min(ratios.items(), key=lambda item: item[1])
-        by_operations = row["of_floor"] > row["of_copy"] + 1e-3
+        by_operations = row["of_floor"] > row["of_memory"] + 1e-3
         names = " / ".join(dict.fromkeys(name for name, _ in best.values()))
         lines.append(
             [
@@ -82,7 +82,8 @@ def side_by_side(ops: tuple[str, ...], rows: list[Row]) -> str:
     """Return the table of several ops, a column each."""
     ops = tuple(op for op in ops if any(row["op"] == op for row in rows))
     cells = {
-        (row["shape"], row["op"]): f"{row['us']:.1f} ({100 * row['of_copy']:.0f} %)" for row in rows
+        (row["shape"], row["op"]): f"{row['us']:.1f} ({100 * row['of_memory']:.0f} %)"
+        for row in rows
     }
     # The first op of several may have been run at more sizes, which its own table shows.
     wanted = {row["shape"] for row in rows if row["op"] in ops[1:] or len(ops) == 1}
@@ -120,9 +121,9 @@ def heading(report: dict) -> str:
     missing = f" {len(report['left_out'])} problems are missing." if report["left_out"] else ""
     return (
         f"One {report['device']}, jax {report['jax']}, {report['date']}. Limits measured in the "
-        f"same run: copy {report['copy_tb_s']:.2f} TB/s; dense products, T operations/s: {rates}. "
-        f"Ratios are the time of the best peer over ours, by graph replay and by kernel "
-        f"time.{missing}"
+        f"same run: memory {report['memory_tb_s']:.2f} TB/s; dense products, T operations/s: "
+        f"{rates}. Ratios are the time of the best peer over ours, in queued programs against its "
+        f"replayed graph, and by kernel time.{missing}"
     )
 
 

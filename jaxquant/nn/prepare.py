@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.nn.linear import Linear, QWeight
-from jaxquant.nn.moe import Experts
+from jaxquant.nn.moe import PROJECTIONS, Experts
 from jaxquant.ops.prepared import Prepared, prepare, unprepare
 from jaxquant.ops.prepared_bank import join_banks, prepare_bank, split_bank, unprepare_bank
 
@@ -51,6 +51,20 @@ def unprepare_model(model: Model) -> Model:
         elif isinstance(node, Linear) and isinstance(node.weight.get_value(), Prepared):
             node.weight.set_value(unprepare(node.weight.get_value()))
     return plain
+
+
+def is_prepared(model: nnx.Module) -> bool:
+    """Return whether :func:`prepare_model` changed anything in this model."""
+    for _, node in nnx.iter_graph(model):
+        if isinstance(node, Linear) and isinstance(node.weight.get_value(), Prepared):
+            return True
+        if isinstance(node, Experts):
+            if node.gate_up_proj is not None:
+                return True
+            banks = (getattr(node, name).get_value() for name in PROJECTIONS)
+            if any(isinstance(part, Prepared) for bank in banks for part in bank.parts):
+                return True
+    return False
 
 
 def _prepare_experts(experts: Experts) -> None:

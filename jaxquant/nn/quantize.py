@@ -16,6 +16,7 @@ from jaxquant.arrays.scheme import Scheme
 from jaxquant.errors import ConfigError
 from jaxquant.nn.linear import Linear, QWeight
 from jaxquant.nn.moe import PROJECTIONS, Experts
+from jaxquant.nn.prepare import is_prepared, prepare_model, unprepare_model
 from jaxquant.nn.stack import stack_layers, unstack_layers
 from jaxquant.transforms.experts import bank_experts, expert_weight, plan_experts
 from jaxquant.transforms.numeric import dequantize, quantize
@@ -39,6 +40,8 @@ def quantize_model(model: M, rules: Mapping[str, Scheme | str | None]) -> M:
     and norms are no linears.  A layer that stands in several places is quantized once, by the first
     rule that matches any of its paths, and stays shared.
 
+    A model in kernel order (:func:`jaxquant.prepare_model`) comes back in kernel order.
+
     Args:
         model: any NNX model; it is left as it was, and arrays that no rule touches are shared.
         rules: regular expression -> scheme (or its name), None to leave a layer as it is.  An
@@ -51,7 +54,9 @@ def quantize_model(model: M, rules: Mapping[str, Scheme | str | None]) -> M:
             layer that is quantized already or cannot be (LinearGeneral, Einsum, a subclass).
     """
     chooser = _Rules(rules)
-    plain = unstack_layers(model)
+    prepared = is_prepared(model)
+    whole = unprepare_model(model) if prepared else model
+    plain = unstack_layers(whole)
     copy = nnx.clone(plain)
     if _is_linear(copy):
         raise ConfigError("quantize_model", "a single layer", "a model that contains layers")
@@ -68,7 +73,9 @@ def quantize_model(model: M, rules: Mapping[str, Scheme | str | None]) -> M:
             for place in same:
                 _set(place.parent, place.name, new)
     chooser.finish()
-    return copy if plain is model else stack_layers(copy)
+    if prepared:
+        copy = prepare_model(copy)
+    return copy if plain is whole else stack_layers(copy)
 
 
 class _Rules:
@@ -204,10 +211,6 @@ def _attempt(path: str, weight: jax.Array, scheme: Scheme, axes: tuple[str, ...]
 def _quantize_experts(path: str, experts: Experts, chooser: _Rules) -> None:
     """Quantize the matched experts of one layer and bank them anew, in place in the copy."""
     plan = experts.plan
-    if experts.gate_up_proj is not None:
-        raise ConfigError(
-            path, "experts in kernel order", "quantize first", "prepare_model is the last step"
-        )
     columns: list[list[QTensor]] = []
     changed = False
     for name in PROJECTIONS:

@@ -1,20 +1,23 @@
 """Time the kernels: `python -m pallas_kernels.bench [--op NAME] [--shape MxNxK] [--json FILE]`.
 
-First the card's own limits are measured: copy bandwidth and dense rates.  Then all problems are
+First the card's own limits are measured: memory bandwidth and dense rates.  Then all problems are
 compiled in parallel, and timed one after the other.  For each the command prints microseconds
 (kernel time by CUPTI, and wall time of queued programs), TFLOP/s, TB/s, the per cent of the floor
-(fewest bytes over the copy bandwidth or operations over the dense rate, whichever is longer), and
+(fewest bytes over the memory bandwidth or operations over the dense rate, whichever is longer), and
 the ratio to each peer of `--against FILE`, a JSON of
 {kernel: {"MxNxK": {"kernel": us, "graph": us}}}, for experts "<tokens>xNxKxE<experts>k<top k>":
-above 1, the peer takes longer.  At the end stand the bars, and which of them hold.
+above 1, the peer takes longer.  "kernel" is compared with our kernel time, "graph", the peer's time
+in a replayed CUDA graph, with our wall time.  At the end stand the bars, and which of them hold.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import datetime
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -32,18 +35,38 @@ from pallas_kernels.problem import select
 Size = tuple[int, int, int]
 Peers = dict[str, dict[str, Any]]
 
+# Clock of a peer's time -> the time of ours that it is compared with.
+OURS = {"kernel": "us", "graph": "wall_us"}
 
-def calls_of(case: Case, size: Size) -> tuple[int, int]:
-    """Return the number of operand sets of a problem, and of calls in its program."""
-    sets = copies(case.work(*size)[1])
-    return sets, max(sets, 8 if size[0] <= 512 else 2)
+
+@dataclasses.dataclass(frozen=True)
+class Calls:
+    """How often a problem is run: operand sets, calls in turn over them, passes of a program, and
+    programs that are queued for one measurement of the wall time."""
+
+    sets: int
+    calls: int
+    loops: int
+    queued: int
+
+
+def calls_of(case: Case, size: Size) -> Calls:
+    """Return how often to run a problem: programs of 1 ms, so that the host is not what is timed,
+    queued for 4 ms, as long as the peers' graphs are replayed for."""
+    operations, nbytes = case.work(*size)
+    sets = copies(nbytes)
+    calls = max(sets, 8 if size[0] <= 512 else 2)
+    expected = max(nbytes / 4e12, operations / 1.5e15) * calls
+    loops = math.ceil(1e-3 / expected)
+    return Calls(sets, calls, loops, math.ceil(4e-3 / (expected * loops)))
 
 
 def prepare(case: Case, size: Size) -> tuple[Callable, Callable]:
     """Compile a problem: seed -> operands, and the program; nothing is put on the device yet."""
-    count, calls = calls_of(case, size)
+    count = calls_of(case, size)
     make = case.operands.lower(*size, 0)
-    call = program(lambda operands: case.call(operands, None), [make.out_info] * count, calls)
+    shapes = [make.out_info] * count.sets
+    call = program(lambda given: case.call(given, None), shapes, count.calls, count.loops)
     return make.compile(), call
 
 
@@ -51,12 +74,12 @@ def run(
     case: Case, size: Size, compiled: tuple[Callable, Callable], limits: Limits, repeats: int
 ) -> Row:
     """Time one problem with the config that selection chooses."""
-    count, calls = calls_of(case, size)
+    count = calls_of(case, size)
     make, call = compiled
-    sets = [make(seed) for seed in range(count)]
+    sets = [make(seed) for seed in range(count.sets)]
     operations, nbytes = case.work(*size)
     kernel, config = select(case.kernels, case.problem(sets[0]))
-    timing = measure(call, sets, calls, repeats)
+    timing = measure(call, sets, count.calls * count.loops, repeats, count.queued)
     floor = limits.floor(operations, nbytes, case.rate)
     return {
         "op": case.name,
@@ -67,7 +90,7 @@ def run(
         "tb_s": round(nbytes / timing.kernel * 1e-6, 3),
         "floor_us": round(floor, 2),
         "of_floor": round(floor / timing.kernel, 3),
-        "of_copy": round(nbytes / limits.copy / timing.kernel * 1e6, 3),
+        "of_memory": round(nbytes / limits.memory / timing.kernel * 1e6, 3),
         "kernel": kernel.name,
         "config": str(config),
     }
@@ -94,7 +117,10 @@ def read_peers(files: Iterable[Path]) -> Peers:
 def compare(row: Row, case: Case, peers: Peers) -> Row:
     """Return the row with the ratios, by clock, to each peer that was measured at its shape."""
     ratios = {
-        name: {clock: round(us / row["us"], 3) for clock, us in peers[name][row["shape"]].items()}
+        name: {
+            clock: round(us / row[OURS[clock]], 3)
+            for clock, us in peers[name][row["shape"]].items()
+        }
         for name in case.peers
         if row["shape"] in peers.get(name, {})
     }
@@ -144,7 +170,7 @@ def main() -> None:
     device = jax.devices()[0].device_kind
     limits = raised_by_peers(measure_limits(), peers)
     rates = ", ".join(f"{name} {rate * 1e-12:.0f}" for name, rate in limits.rates.items())
-    print(f"{device}: copy {limits.copy * 1e-12:.2f} TB/s; T operations/s: {rates}", flush=True)
+    print(f"{device}: memory {limits.memory * 1e-12:.2f} TB/s; T operations/s: {rates}", flush=True)
 
     problems = [
         (case, size)
@@ -181,7 +207,7 @@ def main() -> None:
                 "device": device,
                 "jax": jax.__version__,
                 "date": datetime.date.today().isoformat(),
-                "copy_tb_s": round(limits.copy * 1e-12, 3),
+                "memory_tb_s": round(limits.memory * 1e-12, 3),
                 "rates_t": {name: round(rate * 1e-12, 1) for name, rate in limits.rates.items()},
                 "rows": rows,
                 "left_out": left_out,

@@ -19,8 +19,9 @@ class Bar:
     Attributes:
         name: what the report calls it.
         ops: `--op` names of the problems that count.
-        quantity: "peer" (time of the best peer of a shape over ours), "copy" (share of the copy
-            bandwidth), "TB/s" (of weight codes alone) or the `--op` name that the ratio is to.
+        quantity: "peer" (time of the best peer of a shape over ours), "memory" (share of the
+            memory bandwidth), "TB/s" (of weight codes alone) or the `--op` name that the ratio
+            is to.
         mean: least geometric mean; None for none.
         worst: least value of any shape.
         tokens: first and last number of tokens.
@@ -60,8 +61,8 @@ BARS = (
     Bar("W4A16 g128, M >= 128", ("w4a16",), "peer", 1.10, 0.92, (128, 2**30)),
     Bar("W4A16 with zero points", ("w4a16_zero",), "w4a16", None, 1 / 1.08),
     Bar("W4A16 g32", ("w4a16_g32",), "w4a16", None, 1 / 1.15),
-    Bar("W8A16 / FP8A16, M <= 64", ("w8a16", "fp8a16"), "copy", 0.80, 0.70, (1, 64)),
-    Bar("quantization, M >= 1024", _QUANTIZE, "copy", 0.80, 0.70, (1024, 2**30)),
+    Bar("W8A16 / FP8A16, M <= 64", ("w8a16", "fp8a16"), "memory", 0.80, 0.70, (1, 64)),
+    Bar("quantization, M >= 1024", _QUANTIZE, "memory", 0.80, 0.70, (1024, 2**30)),
 )
 
 
@@ -76,8 +77,8 @@ def value(bar: Bar, row: Row, rows: Sequence[Row], clock: str) -> float | None:
     if bar.quantity == "peer":
         ratios = [ratio[clock] for ratio in row.get("ratios", {}).values() if clock in ratio]
         return min(ratios, default=None)
-    if bar.quantity == "copy":
-        return row["of_copy"]
+    if bar.quantity == "memory":
+        return row["of_memory"]
     _, n, k = sizes(row)
     if bar.quantity == "TB/s":
         return n * k / 2 / row["us"] * 1e-6
@@ -91,7 +92,7 @@ class Standing:
 
     Attributes:
         bar: the goal.
-        clock: "kernel" or "graph", the peers' time that the ratios are to.
+        clock: "kernel" (kernel times) or "graph" (a peer's replayed graph over our wall time).
         count: shapes with a value, and shapes in the bar's range.
         mean: geometric mean, None without a value.
         worst: (value, op and shape) of the worst; None without a value.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic.gpu import profiler
 
@@ -34,32 +35,58 @@ def copies(nbytes: float) -> int:
     return int(min(24, max(2, ROTATE_BYTES // nbytes + 1)))
 
 
-def program(function: Callable[[Any], jax.Array], sets: Sequence[Any], calls: int) -> Callable:
-    """Return a jitted program that makes `calls` calls, one after the other, over the sets.
+def program(
+    function: Callable[[Any], jax.Array], sets: Sequence[Any], calls: int, loops: int = 1
+) -> Callable:
+    """Return a jitted program that makes `calls` calls in turn over the sets, `loops` times.
 
-    All results are returned: XLA removes a call whose result nobody reads.  Shapes and dtypes of
-    the sets suffice.
+    All results of a pass are returned: XLA removes a call whose result nobody reads.  Shapes and
+    dtypes of the sets suffice.  Many passes in one program keep the host out of the measurement.
     """
 
-    def run(sets):
-        results = []
+    def once(sets, results):
+        made = []
         for i in range(calls):
-            operands = sets[i % len(sets)]
-            if results:
-                operands, results[-1] = lax.optimization_barrier((operands, results[-1]))
-            results.append(function(operands))
-        return results
+            before = made[-1] if made else results[-1]
+            operands, before = lax.optimization_barrier((sets[i % len(sets)], before))
+            made[-1:] = [before] if made else []
+            made.append(function(operands))
+        return made
+
+    def run(sets):
+        shapes = jax.eval_shape(lambda: [function(sets[i % len(sets)]) for i in range(calls)])
+        results = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+        return lax.fori_loop(0, loops, lambda _, results: once(sets, results), results)
 
     return jax.jit(run).lower(list(sets)).compile()
 
 
-def measure(compiled: Callable, sets: Sequence[Any], calls: int, repeats: int = 5) -> Timing:
-    """Time a program made by `program`."""
+def measure(
+    compiled: Callable, sets: Sequence[Any], calls: int, repeats: int = 5, queued: int = 1
+) -> Timing:
+    """Time a program made by `program`.
+
+    Args:
+        compiled: the program.
+        sets: its operands.
+        calls: calls it makes in all.
+        repeats: executions whose median is taken.
+        queued: executions that are queued for one measurement of the wall time.
+    """
     sets = list(sets)
     jax.block_until_ready(compiled(sets))
-    start = time.perf_counter()
-    jax.block_until_ready([compiled(sets) for _ in range(repeats)])
-    wall = (time.perf_counter() - start) / repeats / calls
+    walls = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        last = None
+        for _ in range(queued):
+            # An execution that finds the results of the last one gone writes to the same addresses,
+            # and XLA replays the CUDA graph as it is.
+            del last
+            last = compiled(sets)
+        jax.block_until_ready(last)
+        del last
+        walls.append((time.perf_counter() - start) / queued / calls)
     _, timings = profiler.measure(compiled, aggregate=True, iterations=repeats)(sets)
     milliseconds = timings if isinstance(timings, list) else [timings or 0.0]
-    return Timing(statistics.median(milliseconds) * 1e3 / calls, wall * 1e6)
+    return Timing(statistics.median(milliseconds) * 1e3 / calls, statistics.median(walls) * 1e6)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+import jaxquant
+from jaxquant import from_pretrained
 from jaxquant.errors import ConfigError
 from jaxquant.nn import quantize_model
 from jaxquant.nn.linear import Linear, QWeight
+from jaxquant.nn.prepare import is_prepared, prepare_model, unprepare_model
 from tests.small_models import small_model
+
+BUNDLED = Path(jaxquant.__file__).parent / "bundled" / "tiny-qwen3-moe"
 
 
 class Mixer(nnx.Module):
@@ -129,6 +136,27 @@ def test_own_model_with_experts_in_their_own_precision():
     assert np.array_equal(model(ids), before)
     with pytest.raises(ConfigError, match="quantized weight again"):
         quantize_model(new, {"q_proj": "w4a16_g8"})
+
+
+def test_a_model_in_kernel_order_stays_in_kernel_order():
+    """What from_pretrained returns on a GPU is quantized like the same model on a CPU."""
+    model = from_pretrained(BUNDLED)
+    experts, attention = {"experts": "w4a16_g32"}, {"self_attn": "w8a16"}
+    given = prepare_model(quantize_model(model, experts))
+    assert is_prepared(given) and not is_prepared(model)
+    got = quantize_model(given, attention)
+    assert is_prepared(got)
+    want = nnx.state(quantize_model(quantize_model(model, experts), attention))
+    assert not is_same(nnx.state(quantize_model(model, experts)), want)
+    assert is_same(nnx.state(unprepare_model(got)), want)
+    with pytest.raises(ConfigError, match="loses what it is"):
+        quantize_model(given, experts)
+
+
+def is_same(a: nnx.State, b: nnx.State) -> bool:
+    same = jax.tree.structure(a) == jax.tree.structure(b)
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=False)
+    return same and all(np.array_equal(x, y) for x, y in pairs)
 
 
 def test_all_linears_of_a_decoder():

@@ -57,18 +57,18 @@ PEERS = {
 
 def test_ratios_are_against_the_best_peer():
     case = next(case for case in CASES if case.name == "fp8")
-    row = {"op": "fp8", "shape": "1x2x3", "us": 10.0}
+    row = {"op": "fp8", "shape": "1x2x3", "us": 10.0, "wall_us": 13.0}
     compared = bench.compare(row, case, PEERS)
-    assert compared["ratios"]["torch fp8 tensor"] == {"kernel": 1.2, "graph": 1.3}
+    assert compared["ratios"]["torch fp8 tensor"] == {"kernel": 1.2, "graph": 1.0}
     assert len(compared["ratios"]) == 2 and bench.compare(row, case, {}) == row
     bar = bars.BARS[0]
     assert bars.value(bar, compared, [], "kernel") == 1.1
-    assert bars.value(bar, compared, [], "graph") == 1.3
+    assert bars.value(bar, compared, [], "graph") == 1.0
     assert bars.value(bar, row, [], "kernel") is None
 
 
 def row_of(op: str, shape: str, us: float, **more) -> dict:
-    return {"op": op, "shape": shape, "us": us, **more}
+    return {"op": op, "shape": shape, "us": us, "wall_us": us, **more}
 
 
 def test_a_bar_holds_only_when_mean_and_worst_do_for_every_shape():
@@ -93,10 +93,10 @@ def test_a_bar_holds_only_when_mean_and_worst_do_for_every_shape():
 
 def test_bars_within_a_run():
     rows = [
-        row_of("w4a16", "1x28672x4096", 18.0, of_copy=0.7),
+        row_of("w4a16", "1x28672x4096", 18.0, of_memory=0.7),
         row_of("w4a16_zero", "1x28672x4096", 20.0),
-        row_of("fp8a16", "64x28672x4096", 30.0, of_copy=0.9),
-        row_of("quantize_token", "16x1x4096", 9.0, of_copy=0.1),
+        row_of("fp8a16", "64x28672x4096", 30.0, of_memory=0.9),
+        row_of("quantize_token", "16x1x4096", 9.0, of_memory=0.1),
     ]
     by_name = {standing.bar.name: standing for standing in bars.standings(rows)}
     assert by_name["W4A16 with zero points"].worst[0] == 0.9
@@ -141,11 +141,11 @@ def test_a_report_becomes_the_tables_of_the_docs(tmp_path, monkeypatch):
     tool = Path(__file__).parents[2] / "tools" / "kernel_tables.py"
     common = {"tflops": 1.0, "tb_s": 2.0, "floor_us": 6.0}
     rows = [
-        row_of("fp8", "16x6144x4096", 10.0, of_floor=0.6, of_copy=0.6, **common),
-        row_of("fp8", "1x6144x4096", 12.0, of_floor=0.5, of_copy=0.5, **common),
-        row_of("w8a16", "1x6144x4096", 14.0, of_floor=0.4, of_copy=0.4, **common),
+        row_of("fp8", "16x6144x4096", 10.0, of_floor=0.6, of_memory=0.6, **common),
+        row_of("fp8", "1x6144x4096", 12.0, of_floor=0.5, of_memory=0.5, **common),
+        row_of("w8a16", "1x6144x4096", 14.0, of_floor=0.4, of_memory=0.4, **common),
     ]
-    report = {"device": "a card", "jax": "0", "date": "2000-01-01", "copy_tb_s": 2.5}
+    report = {"device": "a card", "jax": "0", "date": "2000-01-01", "memory_tb_s": 2.5}
     report |= {"rates_t": {"int8": 9.0}, "left_out": ["one"], "rows": rows}
     peers = {"torch fp8 tensor": {"16x6144x4096": {"kernel": 12.0, "graph": 13.0}}}
     for name, content in (("bench.json", report), ("peers.json", peers)):

@@ -234,6 +234,12 @@ def test_gpu(m, k):
         check(case, jax.device_get(quantize(**operands, **case.options)), operands)
 
 
+# Where a row's step is a short binary fraction (255 / 32 between its extremes, say), several per
+# cent of its bfloat16 values lie midway between two codes, and the last bit of the step decides all
+# of them: 0.9 per cent of the row's norm.  A wrong step is off by tens of per cent.
+TIES = 2e-2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gpu_every_config(case):
@@ -244,7 +250,7 @@ def test_gpu_every_config(case):
     problem = quantize_problem(**operands, **case.options)
     for config in QUANTIZE_KERNELS[0].candidates(problem):
         got = quantize(**operands, **case.options, config=config)
-        assert distance(case, got, want) < 6e-3, config
+        assert distance(case, got, want) < TIES, config
         for _ in range(3):
             again = quantize(**operands, **case.options, config=config)
             assert (again.codes.view(jnp.uint8) == got.codes.view(jnp.uint8)).all(), config
@@ -254,5 +260,5 @@ def test_distance_sees_a_wrong_row():
     """Negative control of the GPU test above: one row in 500 has the scale of another."""
     case = Case(500, k=512)
     want = xla.quantize(**case.operands(), **case.options)
-    assert distance(case, want._replace(scale=want.scale.at[3].mul(1.5)), want) > 6e-3
+    assert distance(case, want._replace(scale=want.scale.at[3].mul(1.5)), want) > 10 * TIES
     assert distance(case, want, want) == 0
