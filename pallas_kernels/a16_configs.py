@@ -100,7 +100,8 @@ def fitting(
             yield config
 
 
-def _few_tokens(problem: Problem) -> Iterator[dict[str, int]]:
+def few_tokens(problem: Problem) -> Iterator[dict[str, int]]:
+    """Yield the tiles for few tokens that are worth measuring."""
     bm = min(most_tokens(problem), _token_tile(problem.m))
     shapes = [
         dict(kw=kw, cs=cs, slots=slots, records=records)
@@ -137,14 +138,12 @@ def _few_tokens(problem: Problem) -> Iterator[dict[str, int]]:
 
 def decode_candidates(problem: Problem) -> Iterator[A16DecodeConfig]:
     """Yield the decode configs worth measuring."""
-    return fitting(A16DecodeConfig, _few_tokens(problem), problem)
+    return fitting(A16DecodeConfig, few_tokens(problem), problem)
 
 
-def prefill_candidates(problem: Problem) -> Iterator[A16PrefillConfig]:
-    """Yield the prefill configs worth measuring."""
+def many_tokens(problem: Problem) -> Iterator[dict[str, int]]:
+    """Yield the tiles for many tokens that are worth measuring."""
     m = problem.m
-    if m <= 32:
-        return fitting(A16PrefillConfig, _few_tokens(problem), problem)
     small = [dict(bm=64, nw=4, slots=slots, ring=ring, lag=1) for slots, ring in ((2, 8), (4, 4))]
     small += [
         dict(bm=64, kw=4, ring=2, lag=0),
@@ -169,5 +168,10 @@ def prefill_candidates(problem: Problem) -> Iterator[A16PrefillConfig]:
     else:
         shapes = (split if m <= 512 else []) + large + largest
     snakes = (1,) if m <= 128 else (4,) if m <= 512 else (4, 8)
-    wanted = (dict(**shape, snake=snake) for shape in shapes for snake in snakes)
-    return fitting(A16PrefillConfig, wanted, problem)
+    return (dict(**shape, snake=snake) for shape in shapes for snake in snakes)
+
+
+def prefill_candidates(problem: Problem) -> Iterator[A16PrefillConfig]:
+    """Yield the prefill configs worth measuring."""
+    shapes = few_tokens if problem.m <= 32 else many_tokens
+    return fitting(A16PrefillConfig, shapes(problem), problem)

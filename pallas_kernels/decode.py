@@ -19,7 +19,12 @@ from jax.experimental.mosaic.gpu import utils as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
-from pallas_kernels.decode_codes import operand_bytes, operand_pair, zero_operand
+from pallas_kernels.decode_codes import (
+    operand_bytes,
+    operand_pair,
+    progressive_terms,
+    zero_operand,
+)
 from pallas_kernels.decode_scales import SpanFactors, as_row, fused, row_scales
 from pallas_kernels.record import CHANNELS, DEPTH, WORDS, Record
 from pallas_kernels.record_values import code_values, offset_values, scale_values
@@ -48,7 +53,7 @@ def reference_decoder(record: Record, dtype: Any, depth: int, span: int, scaled:
             # Like the device: scales rounded to the operand type, then one rounding.
             spread = jnp.repeat((scales / record.unit).astype(dtype), record.group, -1)
             values = values * spread.astype(jnp.float32)
-            if record.offset:
+            if record.offset and record.zero_rows:
                 offsets = jnp.repeat(offset_values(record, words).astype(dtype), record.group, -1)
                 values = values - offsets.astype(jnp.float32)
             starts = range(index * span, (index + 1) * span, depth)
@@ -109,7 +114,8 @@ def device_decoder(record: Record, dtype: Any, depth: int, span: int, scaled: bo
         depth: values of k in each tile.  Without `scaled` each tile has one group, and is zero
             in the rest of its depth if that is larger than a group.
         span: values of k decoded by one call, a multiple of `depth`; 64 or 128.
-        scaled: multiply the operand by its scales (rounding to `dtype`) instead of returning them.
+        scaled: multiply the operand by its scales (rounding to `dtype`, but for int8 ones of int8
+            operands) instead of returning them.
     """
     dtype = jnp.dtype(dtype)
     narrow = record.operand == 8
@@ -144,16 +150,19 @@ def device_decoder(record: Record, dtype: Any, depth: int, span: int, scaled: bo
             [row_words.pop(0) for _ in part] for part in (rows.scales, rows.zeros, rows.tops)
         )
         points = [None] * groups if record.offset or not zeros else zeros
-        subtract = [
-            [zero_operand(bits, record, word, half, element) for half in range(2)]
-            for word in points
-        ]
+        if record.progressive:
+            subtract = [[progressive_terms(bits, scales[0], half) for half in range(2)]]
+        else:
+            subtract = [
+                [zero_operand(bits, record, word, half, element) for half in range(2)]
+                for word in points
+            ]
         factors, addends = [], [[None, None]] * groups
-        if scaled:
+        if scaled and not narrow:
             top = tops[0] if tops else None
             spans = SpanFactors(bits, record, scales, top, False, element)
             factors = [spans.spread(group) for group in range(groups)]
-        if record.offset:
+        if record.offset and not narrow:
             spans = SpanFactors(bits, record, zeros, tops[1], True, element)
             addends = [spans.spread(group) for group in range(groups)]
 
@@ -162,7 +171,7 @@ def device_decoder(record: Record, dtype: Any, depth: int, span: int, scaled: bo
             zero = subtract[group][half]
             if narrow:
                 int8 = dtype == jnp.int8
-                packed = operand_bytes(bits, planes[0][index], half, zero, int8)
+                packed = operand_bytes(bits, record, planes[0][index], half, zero, int8)
                 return bits.as_vector(packed, element)
             share = len(planes[0]) // len(planes[-1])  # low words to a word of the high plane
             high = planes[1][index // share] if len(planes) > 1 else None

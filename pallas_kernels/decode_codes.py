@@ -93,6 +93,14 @@ def _uint4_to_int8(bits: Bits, word: ir.Value, half: int, zero: ir.Value | None)
     return arith.xori(y, bits.mask(0x80808080))
 
 
+def _uint4_by_scale(bits: Bits, word: ir.Value, half: int, factor: ir.Value, addend: ir.Value):
+    # The four codes are the digits of a number in base 256, and so are the results: digits in
+    # 0 .. 255 stand for themselves, whatever was carried on the way to them.
+    y = arith.andi(bits.right(word, 4 * half), bits.mask(0x0F0F0F0F))
+    y = arith.addi(arith.muli(y, factor), addend)  # 128 + (u - zero) * scale
+    return arith.xori(y, bits.mask(0x80808080))
+
+
 def _uint4_to_e4m3(bits: Bits, word: ir.Value, half: int, zero: ir.Value | None) -> ir.Value:
     # The e4m3 bytes 0 .. 15 are exactly 0 .. 15 times 2**-9, the least subnormal.
     y = arith.andi(bits.right(word, 4 * half), bits.mask(0x0F0F0F0F))
@@ -136,8 +144,34 @@ def operand_pair(
     return _unsigned_to_pairs(bits, record, words, half, far, zero, element)
 
 
-def operand_bytes(bits: Bits, word: ir.Value, half: int, zero: Any, int8: bool) -> ir.Value:
-    """Decode four uint4 codes to int8 or e4m3."""
+def progressive_terms(bits: Bits, word: ir.Value, half: int) -> tuple[ir.Value, ir.Value]:
+    """Return the int8 scale of a channel and the word that is added to scaled codes.
+
+    A word of the row has the bytes (scale, zero point) of channel r, then those of channel r + 8.
+    """
+    none = bits.const(0)
+    scale = mgpu.prmt(word, none, bits.const(0xAAA2 if half else 0x8880))  # repeats the sign
+    zeros = mgpu.prmt(word, none, bits.const(0x3333 if half else 0x1111))
+    return scale, arith.subi(bits.const(0x80808080), arith.muli(zeros, scale))
+
+
+def operand_bytes(
+    bits: Bits, record: Record, word: ir.Value, half: int, zero: Any, int8: bool
+) -> ir.Value:
+    """Decode four uint4 codes to int8 or e4m3.
+
+    Args:
+        bits: the arithmetic.
+        record: format.
+        word: the codes of both halves.
+        half: which half of the fragment, as in `Record.fields`.
+        zero: what `zero_operand` or, for progressive scales, `progressive_terms` made.
+        int8: whether the operand is int8.
+    """
+    if record.progressive:
+        return _uint4_by_scale(bits, word, half, *zero)
+    if record.offset:
+        return arith.andi(bits.right(word, 4 * half), bits.mask(0x0F0F0F0F))
     return (_uint4_to_int8 if int8 else _uint4_to_e4m3)(bits, word, half, zero)
 
 

@@ -119,6 +119,8 @@ class Epilogue:
         for name in ("x_scale", "w_scale"):
             if name in present:
                 tile = tile * spread(name)
+        if "x_sum" in present:
+            tile = tile - spread("x_sum") * spread("w_offset")
         if "bias" in present:
             tile = tile + spread("bias").astype(jnp.float32)
         return tile.astype(self.out_dtype)

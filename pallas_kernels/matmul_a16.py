@@ -49,13 +49,15 @@ def _scales_weights(problem: Problem) -> bool:
 
 
 def epilogue_of(problem: Problem) -> Epilogue:
-    """Return the epilogue: factors of the weight, the scale of each token, and the bias, if any."""
+    """Return the epilogue: factors of the weight, scales and sums of tokens, the bias."""
     terms = []
     factor = factor_of(problem)
     if factor:
         terms.append(Term("w_scale", "n" if factor == "n" else "one", jnp.float32))
     if problem.x_scale == "token":
         terms.append(Term("x_scale", "m", jnp.float32))
+        if problem.zero == "offset":
+            terms += [Term("x_sum", "m", jnp.float32), Term("w_offset", "n", jnp.float32)]
     if problem.bias:
         terms.append(Term("bias", "n", jnp.dtype(problem.bias)))
     return Epilogue(tuple(terms), True, jnp.dtype(problem.out_dtype))

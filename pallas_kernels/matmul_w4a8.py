@@ -13,7 +13,10 @@ from pallas_kernels.a16_configs import (
     accepts_hopper,
     decode_shapes,
     exceeds_registers,
+    few_tokens,
     fitting,
+    many_tokens,
+    prefill_shapes,
 )
 from pallas_kernels.matmul_a16 import (
     check_operands,
@@ -25,26 +28,49 @@ from pallas_kernels.prepack import Prepacked
 from pallas_kernels.problem import Config, Kernel, KernelError, Problem
 from pallas_kernels.record import Record
 from pallas_kernels.stream import stream_matmul
-from pallas_kernels.stream_config import StreamConfig
+from pallas_kernels.stream_config import StreamConfig, record_of
 from pallas_kernels.tiles import pad_rows
 
 
 @dataclasses.dataclass(frozen=True)
 class W4A8Config(StreamConfig):
-    """Tiles of the W4A8 kernel, which scales the sums of every group in f32."""
+    """Tiles of the W4A8 kernel that scales the sums of every group in f32."""
 
     def refuses(self, problem: Problem) -> str | None:
         """Return why this config cannot run `problem`, or None."""
         return exceeds_registers(self, problem) or super().refuses(problem)
 
 
-def _default(problem: Problem) -> W4A8Config:
-    return next(fitting(W4A8Config, decode_shapes(problem), problem))
+@dataclasses.dataclass(frozen=True)
+class W4A8WholeConfig(StreamConfig):
+    """Tiles of the W4A8 kernel that adds int8 operands over all of k in int32."""
+
+    def refuses(self, problem: Problem) -> str | None:
+        """Return why this config cannot run `problem`, or None."""
+        return "needs a ring of 2 steps" if self.ring == 1 else super().refuses(problem)
+
+
+def _accepts(whole: bool, problem: Problem) -> str | None:
+    if reason := accepts_hopper(problem):
+        return reason
+    if record_of(problem).rounded == whole:
+        return None
+    return "takes progressive scales or offsets" if whole else "takes one scale for each group"
+
+
+def _shapes(problem: Problem) -> Iterator[dict[str, int]]:
+    """Yield tiles for codes that become int8 operands, the likeliest first."""
+    yield from (decode_shapes if problem.m <= 64 else prefill_shapes)(problem)
 
 
 def _candidates(problem: Problem) -> Iterator[W4A8Config]:
     """Yield the configs worth measuring."""
     return fitting(W4A8Config, decode_shapes(problem), problem)
+
+
+def _whole_candidates(problem: Problem) -> Iterator[W4A8WholeConfig]:
+    shapes = few_tokens if problem.m <= 32 else many_tokens
+    return fitting(W4A8WholeConfig, shapes(problem), problem)
 
 
 def _run(
@@ -54,9 +80,9 @@ def _run(
     record: Record,
     *operands: jax.Array,
 ) -> jax.Array:
-    epilogue = epilogue_of(problem)
+    epilogue, rounded = epilogue_of(problem), record.rounded
     return stream_matmul(
-        problem, config, interpret, record, epilogue, *operands, rounded=False, name="matmul_w4a8"
+        problem, config, interpret, record, epilogue, *operands, rounded=rounded, name="matmul_w4a8"
     )
 
 
@@ -65,11 +91,20 @@ W4A8 = Kernel(
     op="matmul_w4a8",
     config_type=W4A8Config,
     fn=_run,
-    accepts=accepts_hopper,
-    default_config=_default,
+    accepts=functools.partial(_accepts, False),
+    default_config=lambda problem: next(fitting(W4A8Config, decode_shapes(problem), problem)),
     candidates=_candidates,
 )
-W4A8_KERNELS = (W4A8,)
+W4A8_WHOLE = Kernel(
+    name="w4a8_whole",
+    op="matmul_w4a8",
+    config_type=W4A8WholeConfig,
+    fn=_run,
+    accepts=functools.partial(_accepts, True),
+    default_config=lambda problem: next(fitting(W4A8WholeConfig, _shapes(problem), problem)),
+    candidates=_whole_candidates,
+)
+W4A8_KERNELS = (W4A8, W4A8_WHOLE)
 
 
 def w4a8_problem(
@@ -92,6 +127,8 @@ def w4a8_problem(
             f"matmul_w4a8: x_scale is {x_scale.shape} {x_scale.dtype}; "
             f"it must be ({x_q.shape[0]}, 1) float32"
         )
+    if weight.record.rounded and x_q.dtype != jnp.int8:
+        raise KernelError(f"matmul_w4a8: x_q is {x_q.dtype}; this weight becomes int8 operands")
     return problem_of("matmul_w4a8", x_q, weight, bias, out, x_scale="token")
 
 
@@ -108,8 +145,11 @@ def matmul_w4a8(
 ) -> jax.Array:
     """Multiply quantized activations by a prepacked 4-bit weight: y = x_scale * x_q @ w.T + bias.
 
+    Progressive scales and offsets (QServe's, https://arxiv.org/abs/2405.04532) are exact: codes
+    become int8 operands, whose sums over all of k are made in int32.
+
     Args:
-        x_q: [M, K] int8 or float8_e4m3fn; any M >= 1.
+        x_q: [M, K] int8 or float8_e4m3fn, the latter only with scales of groups; any M >= 1.
         x_scale: [M, 1] float32, one per token.
         weight: [N, K] from `prepack(..., operand=8)`.
         bias: [N] float32, bfloat16 or float16, added after scaling.
@@ -125,7 +165,10 @@ def matmul_w4a8(
             lists every kernel's reason.
     """
     problem = w4a8_problem(x_q, x_scale, weight, bias=bias, out_dtype=out_dtype)
-    # The vector of scales travels with the tile, whose rows are padded to 8.
-    scales = pad_rows(x_scale.reshape(-1), 8)
-    vectors = (scales,) if bias is None else (scales, bias)
+    # Vectors along tokens travel with the tile, whose rows are padded to 8.
+    vectors = (pad_rows(x_scale.reshape(-1), 8),)
+    if weight.offset is not None:
+        x_sum = jnp.sum(x_q, axis=1, dtype=jnp.int32).astype(jnp.float32) * x_scale[:, 0]
+        vectors += (pad_rows(x_sum, 8), weight.offset)
+    vectors += () if bias is None else (bias,)
     return run_padded(W4A8_KERNELS, problem, config, interpret, weight, x_q, vectors)

@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.problem import KernelError
+from pallas_kernels.prepack_parts import Levels, Parts, as_tuple, take_apart
 from pallas_kernels.record import (
     CHANNELS,
     CODES,
     DEPTH,
-    E2M1,
-    ROTATION,
+    WORDS,
     ZERO_BITS,
     Record,
     read_codes,
@@ -29,9 +28,6 @@ from pallas_kernels.record import (
 )
 from pallas_kernels.record_values import fold_signs
 from pallas_kernels.tiles import cdiv
-
-_SCALE_DTYPES = ("bfloat16", "float16", "float32")
-Levels = jax.Array | tuple[jax.Array, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -50,6 +46,8 @@ class Prepacked:
         record: format of the records.
         factor: [*lead, n] or [*lead, 1] float32 that multiplies a channel's result, or None.
         factor_block: channels that share a factor, as given to `prepack`.
+        offset: [*lead, n] float32 that is subtracted from all weights of a channel, or None.
+        given_dtype: type in which `prepack` was given factors and offsets.
     """
 
     records: jax.Array
@@ -60,6 +58,8 @@ class Prepacked:
     record: Record = dataclasses.field(metadata={"static": True})
     factor: jax.Array | None = None
     factor_block: int = dataclasses.field(default=0, metadata={"static": True})
+    offset: jax.Array | None = None
+    given_dtype: str = dataclasses.field(default="float32", metadata={"static": True})
 
 
 class Plain(NamedTuple):
@@ -75,77 +75,6 @@ class Plain(NamedTuple):
     codes: Levels
     scales: Levels
     zeros: Levels | None
-
-
-class _Parts(NamedTuple):
-    """A weight taken apart: what of `Plain` goes where."""
-
-    planes: tuple[jax.Array, ...]
-    scale: jax.Array
-    super_scale: jax.Array | None
-    zero: jax.Array | None
-    super_zero: jax.Array | None
-
-
-def _tuple(levels: Levels | None) -> tuple[jax.Array, ...]:
-    return () if levels is None else levels if isinstance(levels, tuple) else (levels,)
-
-
-def _refuse(found: str, rule: str) -> None:
-    raise KernelError(f"prepack: {found}; {rule}")
-
-
-def _check_codes(planes: tuple[jax.Array, ...], code: str, operand: int) -> tuple[int, int]:
-    """Return (n, k) of the codes after checking them."""
-    if code not in CODES:
-        _refuse(f"code {code!r}", f"take {', '.join(CODES)}")
-    widths = CODES[code].planes
-    dtype = code if widths == (8,) else "uint8"
-    if len(planes) != len(widths) or any(plane.dtype.name != dtype for plane in planes):
-        found = " and ".join(plane.dtype.name for plane in planes)
-        _refuse(f"codes are {found}", f"{code} needs {len(widths)} of {dtype}")
-    *lead, n, width = planes[0].shape
-    k = width * 8 // widths[0]
-    if n % CHANNELS or k % 64 or not n or not k:
-        _refuse(f"the weight is {n} x {k}", "n and k must be multiples of 64; pad them first")
-    for plane, bits in zip(planes, widths, strict=True):
-        if plane.shape != (*lead, n, k * bits // 8):
-            _refuse(f"a plane of {bits} bits is {plane.shape}", f"need {(*lead, n, k * bits // 8)}")
-    if operand not in (8, 16) or (operand == 8 and code != "uint4"):
-        _refuse(f"{operand}-bit operand of {code} codes", "16, or 8 for 4-bit codes")
-    return n, k
-
-
-def _check_scales(
-    code: str, parts: _Parts, cells: tuple[int, ...], wide: tuple[int, ...], group: int, k: int
-) -> None:
-    scale, zero, offset = parts.scale, parts.zero, parts.super_zero is not None
-    if scale.dtype.name not in (*_SCALE_DTYPES, *ROTATION):
-        _refuse(f"scales are {scale.dtype}", f"take {', '.join((*_SCALE_DTYPES, *ROTATION))}")
-    product = scale.dtype.name in ("uint8", "int8")
-    if product != (parts.super_scale is not None):
-        _refuse(f"{scale.dtype} scales", "integer scales, and only they, have super-scales")
-    narrow = scale.dtype.name in ROTATION
-    if code == E2M1 and (product or not narrow):
-        _refuse(f"{code} codes with {scale.dtype} scales", "they have e4m3 or e8m0 scales")
-    if narrow and group not in (16, 32):
-        _refuse(f"group {group}", "8-bit scales have groups of 16 or 32")
-    if not narrow and group not in (32, 64) and group % DEPTH and group < k:
-        _refuse(f"group {group}", "groups of 32, 64, multiples of 128 and whole rows are packed")
-    if scale.shape != cells:
-        _refuse(f"scales {scale.shape}", f"this group and block need {cells}")
-    for level in (parts.super_scale, parts.super_zero):
-        if level is not None and (level.dtype != jnp.float16 or level.shape != wide):
-            _refuse(f"super-scales {level.shape} {level.dtype}", f"need {wide} float16")
-    if zero is None:
-        return
-    if CODES[code].excess == 0 or not (offset or code == "uint4"):
-        _refuse(f"zero points with {code} codes", "only 4-bit integer codes have zero points")
-    if offset and not product:
-        _refuse(f"offsets with {scale.dtype} scales", "only integer scales have offsets")
-    dtype = scale.dtype if offset else jnp.dtype(jnp.uint8)
-    if zero.shape != cells or zero.dtype != dtype:
-        _refuse(f"zeros {zero.shape} {zero.dtype}", f"need {cells} {dtype}")
 
 
 def prepack(
@@ -164,6 +93,11 @@ def prepack(
     It runs under `jax.jit` (donate the arguments, and the weight is never in memory twice) and on
     any device.  A 4-bit code means `(code - zero) * scale`; without zero points zero is 8.
 
+    For 8-bit operands there are two more builds of 4-bit codes.  *Progressive* scales are int8 ones
+    in groups of 128 (or a multiple) with zero points, and one more scale per channel: the products
+    `(code - zero) * scale` must fit int8, since they are the operands; what does not, wraps around.
+    *Offsets* are given in place of zero points, as one scale and one offset per channel.
+
     Args:
         codes: [*lead, n, k/2] uint8 pairs of 4-bit codes, the even k in the low nibble, or
             [*lead, n, k] int8 or float8_e4m3fn, or two planes of uint8, lowest bits first in a
@@ -171,10 +105,11 @@ def prepack(
             n and k are multiples of 64.
         scales: [*lead, ceil(n/block), ceil(k/group)] bf16, f16, f32, or e4m3 or e8m0 (finite), or
             uint8 (up to 127) or int8.  A second array multiplies: with integer scales
-            [*lead, n, k/256] float16, else [*lead, ceil(n/factor_block), 1] float32.
+            [*lead, n, k/256] float16, else [*lead, ceil(n/factor_block), 1] float32; beside
+            progressive scales [*lead, n, 1] of any of the three wider types.
         zeros: zero points 0 .. 15 of the scales' shape, uint8, only for 4-bit codes; or a pair of
             offsets and their super-scales, of the scales' types: a value is
-            code * scale - offset.
+            code * scale - offset; for 8-bit operands one array of the scales' type.
         code: what the codes are; None for uint4 (of uint8 codes) or their own type.
             "float4_e2m1fn", "uint5" and "uint6" must be named.
         group: values of k that share a scale: 32, 64, a multiple of 128, or None for all;
@@ -187,38 +122,22 @@ def prepack(
     Raises:
         KernelError: a shape, dtype or group that the format does not have.
     """
-    planes = _tuple(codes)
-    code = code or ("uint4" if planes[0].dtype == jnp.uint8 else planes[0].dtype.name)
-    n, k = _check_codes(planes, code, operand)
-    lead = planes[0].shape[:-2]
-    group = k if group is None else group
-    scale, *rest = _tuple(scales)
-    factor = rest.pop() if rest and rest[-1].dtype == jnp.float32 else None
-    zero, super_zero = (*_tuple(zeros), None, None)[:2]
-    parts = _Parts(planes, scale, rest.pop() if rest else None, zero, super_zero)
-    cells = (*lead, cdiv(n, block), cdiv(k, group))
-    _check_scales(code, parts, cells, (*lead, n, cdiv(k, 2 * DEPTH)), group, k)
-    if factor is not None and factor.shape != (*lead, cdiv(n, factor_block), 1):
-        _refuse(f"factors {factor.shape}", f"need {(*lead, cdiv(n, factor_block), 1)}")
-    offset = super_zero is not None
-    small = group if group in (16, 32, 64) else DEPTH
-    record = Record(
-        code,
-        operand,
-        small,
-        scale.dtype.name,
-        zero is not None and not offset,
-        offset,
-        parts.super_scale is not None,
+    parts, record, n, k, group = take_apart(
+        codes, scales, zeros, code, group, block, factor_block, operand
     )
+    lead = parts.planes[0].shape[:-2]
+    factor, offset = parts.factor, parts.offset
+    parts = parts._replace(factor=None, offset=None)
     pack = functools.partial(_pack, record, n, k, group, block)
     for _ in lead:
         pack = jax.vmap(pack)
+    given = "float32" if factor is None else factor.dtype.name
     if factor is not None:
-        factor = factor[..., 0]
+        factor = factor[..., 0].astype(jnp.float32)
         if factor_block < n:
             factor = jnp.repeat(factor, factor_block, -1)[..., :n]
-    return Prepacked(pack(parts), n, k, group, block, record, factor, factor_block)
+    offset = None if offset is None else offset[..., 0].astype(jnp.float32)
+    return Prepacked(pack(parts), n, k, group, block, record, factor, factor_block, offset, given)
 
 
 def _per_record(values: jax.Array, n: int, k: int, group: int, block: int, small: int) -> jax.Array:
@@ -263,7 +182,7 @@ def _bytes(values: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(values, jnp.uint8) if values.dtype.itemsize == 1 else values
 
 
-def _pack(record: Record, n: int, k: int, group: int, block: int, parts: _Parts) -> jax.Array:
+def _pack(record: Record, n: int, k: int, group: int, block: int, parts: Parts) -> jax.Array:
     """Return the records [n/64 * ceil(k/128), rows, 32] of one weight."""
     depth = cdiv(k, DEPTH) * DEPTH
     codes = join_planes(parts.planes, CODES[record.code].planes)
@@ -271,6 +190,13 @@ def _pack(record: Record, n: int, k: int, group: int, block: int, parts: _Parts)
     blocks = codes.reshape(n // CHANNELS, CHANNELS, depth // DEPTH, DEPTH).swapaxes(1, 2)
     spread = functools.partial(_per_record, n=n, k=k, group=group, block=block, small=record.group)
     wide = functools.partial(_per_record, n=n, k=k, group=2 * DEPTH, block=1, small=DEPTH)
+    if parts.scale is None:
+        return write_codes(record, blocks).reshape(-1, record.rows, WORDS)
+    if record.progressive:
+        assert parts.zero is not None
+        both = jnp.concatenate([spread(_bytes(parts.scale)), spread(parts.zero)], -1)
+        rows = [write_codes(record, blocks), write_scale_rows(both)]
+        return jnp.concatenate(rows, axis=2).reshape(-1, record.rows, WORDS)
     own = jnp.dtype(record.scale_dtype)
 
     def scale_like(values: jax.Array) -> jax.Array:
@@ -287,7 +213,7 @@ def _pack(record: Record, n: int, k: int, group: int, block: int, parts: _Parts)
     for level in (parts.super_scale, parts.super_zero):
         if level is not None:
             rows.append(write_row_values(wide(level)[..., 0]))
-    return jnp.concatenate(rows, axis=2).reshape(-1, record.rows, rows[0].shape[-1])
+    return jnp.concatenate(rows, axis=2).reshape(-1, record.rows, WORDS)
 
 
 def unpack(weight: Prepacked) -> Plain:
@@ -299,9 +225,11 @@ def unpack(weight: Prepacked) -> Plain:
     if weight.factor is None:
         return plain
     step = weight.factor_block if weight.factor_block < weight.n else 1
-    return plain._replace(
-        scales=(*_tuple(plain.scales), weight.factor[..., ::step, None]),
-    )
+    factor = weight.factor[..., ::step, None].astype(weight.given_dtype)
+    if weight.offset is not None:
+        offset = weight.offset[..., None].astype(weight.given_dtype)
+        return plain._replace(scales=factor, zeros=offset)
+    return plain._replace(scales=(*as_tuple(plain.scales), factor))
 
 
 def _unpack(weight: Prepacked, records: jax.Array) -> Plain:
@@ -316,10 +244,13 @@ def _unpack(weight: Prepacked, records: jax.Array) -> Plain:
     def wide(which: int) -> jax.Array:  # super-scales [n, k/256]
         return read_super(record, records, which).swapaxes(1, 2).reshape(n, -1)[:, ::2]
 
-    scales = read_scales(record, records)
-    codes = fold_signs(record, read_codes(record, records), scales)
+    codes = read_codes(record, records)
+    scales = read_scales(record, records) if record.scale_bits else None
+    codes = codes if scales is None else fold_signs(record, codes, scales)
     codes = codes.swapaxes(1, 2).reshape(n, -1)[:, :k]
-    zeros = gather(read_zeros(record, records)) if record.zero_rows else None
+    if scales is None:
+        return Plain(split_planes(codes, record.code), (), None)
+    zeros = gather(read_zeros(record, records)) if record.zero or record.zero_rows else None
     if not record.product:
         return Plain(split_planes(codes, record.code), gather(scales), zeros)
     if zeros is not None:

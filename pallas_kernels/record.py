@@ -8,7 +8,8 @@ so that one TMA copy brings it.  It has
   * scale rows for every group along k: a scale per channel, of 16 or 32 bits, or of 8 bits with two
     groups in a row;
   * a zero point row for every group, if there are zero points: 128 + zero in bf16, which is what
-    the unpacking subtracts; or offset rows of the scales' build;
+    the unpacking subtracts; or offset rows of the scales' build; for 8-bit operands with integer
+    scales, one row of both, a byte each;
   * a row of float16 super-scales, if scales are products (and one for the offsets).
 
 This module has the format and its reading and writing in jax.numpy; `decode` reads it in registers.
@@ -75,9 +76,10 @@ class Record:
         operand: bits of the wgmma operand that codes become: 16 (bf16, f16) or 8 (int8, e4m3).
         group: values of k that share a scale: 32, 64 or 128; 16 or 32 with 8-bit scales.
         scale_dtype: "bfloat16", "float16" or "float32", or with 8 bits "float8_e4m3fn",
-            "float8_e8m0fnu", "uint8" (up to 127) or "int8".
+            "float8_e8m0fnu", "uint8" (up to 127) or "int8"; "" where no scales are stored, since
+            one for each channel multiplies the result.
         zero: whether zero points are stored.
-        offset: whether offsets are stored: a value is code * scale - offset.
+        offset: whether a value is code * scale - offset; offsets are stored as scales are.
         product: whether every scale (and offset) is multiplied by a float16 super-scale, one per
             channel for the record.
 
@@ -135,17 +137,24 @@ class Record:
 
     @property
     def scale_bits(self) -> int:
-        """Width of a scale."""
-        return 8 * jnp.dtype(self.scale_dtype).itemsize
+        """Width of a scale; 0 if none are stored."""
+        return 8 * jnp.dtype(self.scale_dtype).itemsize if self.scale_dtype else 0
+
+    @property
+    def progressive(self) -> bool:
+        """Whether codes become 8-bit operands by their zero point and an integer scale."""
+        return self.operand == 8 and self.scale_bits == 8
 
     @property
     def scale_rows(self) -> int:
-        """Rows that hold the scales of all groups."""
-        return self.groups * self.scale_bits // 16
+        """Rows that hold the scales of all groups; progressive ones lie beside zero points."""
+        return 1 if self.progressive else self.groups * self.scale_bits // 16
 
     @property
     def zero_rows(self) -> int:
         """Rows that hold the zero points or offsets of all groups."""
+        if self.progressive:
+            return 0
         return self.scale_rows if self.offset else self.groups * self.zero
 
     @property
@@ -160,8 +169,11 @@ class Record:
 
     @property
     def rounded(self) -> bool:
-        """Whether scales can only be applied to the operand, rounding it to the operand type."""
-        return self.scale_bits == 8 or self.offset
+        """Whether scales can only be applied to the operand, rounding it to the operand type.
+
+        Then one sum runs over all of k, and so it does where no scales are stored.
+        """
+        return self.scale_bits in (0, 8) or self.offset
 
     @property
     def unit(self) -> float:
@@ -312,12 +324,17 @@ def read_scale_rows(words: jax.Array, dtype: Any, groups: int) -> jax.Array:
 def read_scales(record: Record, words: jax.Array) -> jax.Array:
     """Return the scales of records, [..., 64, groups], from their words [..., rows, 32]."""
     rows = words[..., record.code_rows : record.code_rows + record.scale_rows, :]
+    if record.progressive:
+        scale = read_scale_rows(rows, jnp.uint8, 2)[..., :1]
+        return lax.bitcast_convert_type(scale, jnp.dtype(record.scale_dtype))
     return read_scale_rows(rows, record.scale_dtype, record.groups)
 
 
 def read_zeros(record: Record, words: jax.Array) -> jax.Array:
     """Return the zero points (uint8) or offsets of records, [..., 64, groups]."""
     start = record.code_rows + record.scale_rows
+    if record.progressive:
+        return read_scale_rows(words[..., start - 1 : start, :], jnp.uint8, 2)[..., 1:]
     rows = words[..., start : start + record.zero_rows, :]
     if record.offset:
         return read_scale_rows(rows, record.scale_dtype, record.groups)

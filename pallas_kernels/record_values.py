@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.record import (
+    CHANNELS,
     E4M3,
     Record,
     read_codes,
@@ -56,7 +57,9 @@ def _products(record: Record, words: jax.Array, values: jax.Array, which: int) -
 
 
 def scale_values(record: Record, words: jax.Array) -> jax.Array:
-    """Return the scales [..., 64, groups] f32, super-scales included."""
+    """Return the scales [..., 64, groups] f32, super-scales included; ones if none are stored."""
+    if not record.scale_bits:
+        return jnp.ones((*words.shape[:-2], CHANNELS, record.groups), jnp.float32)
     return _products(record, words, read_scales(record, words), 0)
 
 
@@ -68,6 +71,6 @@ def offset_values(record: Record, words: jax.Array) -> jax.Array:
 def values(record: Record, words: jax.Array) -> jax.Array:
     """Return the weights [..., 64, 128] f32 of records, from their words [..., rows, 32]."""
     result = code_values(record, words) * jnp.repeat(scale_values(record, words), record.group, -1)
-    if record.offset:
+    if record.offset and record.zero_rows:
         result = result - jnp.repeat(offset_values(record, words), record.group, -1)
     return result

@@ -11,7 +11,8 @@ Scales are applied in one of two ways:
 
   * exact: every group has a fresh accumulator, which is scaled in f32 and added to the total;
   * rounded: the operand is multiplied by its scale, rounding it to the operand type, and one
-    accumulator lives in the tensor cores over all of k, with a wgmma always in flight.
+    accumulator lives in the tensor cores over all of k, with a wgmma always in flight.  Codes
+    that an integer scale makes int8 operands are not rounded, nor those without scales here.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def stream_matmul(
         records: [n/64 * ceil(k/128), rows, 32] int32; with groups, those of all experts in turn.
         *vectors: operands of the epilogue; with groups, before them the int32 [total] sizes, and
             vectors along channels have those of all experts in turn.
-        rounded: whether scales are rounded into the operand.
+        rounded: whether scales are applied to the operand, if there are any.
         name: kernel name.
         groups: which rows belong to which expert; None for one weight.
         into: with groups, an array whose buffer the result takes over; rows of other experts
@@ -303,6 +304,7 @@ def stream_matmul(
                 (acc,) = adder.loop(steps, rounded_step, accs)
                 adder.wait(0)
                 read = [adder.read(acc, p * width, (p + 1) * width) for p in range(pieces)]
+                read = [piece.astype(jnp.float32) for piece in read]
                 return read if record.unit == 1 else [piece * record.unit for piece in read]
 
             return adder.scoped(1, run_steps)

@@ -26,7 +26,7 @@ def scale_name(record: Record, factor: str = "") -> str:
         factor: "one" or "n" for a float32 factor of the result, "" for none.
     """
     parts = [f"g{record.group}"]
-    parts += [record.scale_dtype] if record.scale_bits != 16 else []
+    parts += [record.scale_dtype or "none"] if record.scale_bits != 16 else []
     parts += ["super"] if record.product else []
     parts += [f"factor {factor}"] if factor else []
     return " ".join(parts)
@@ -41,6 +41,7 @@ def record_of(problem: Problem) -> Record:
     """Return the format of a problem's records, up to which 16-bit type the scales have."""
     group, *rest = problem.w_scale[1:].split()
     scale = rest[0] if rest and rest[0] not in ("super", "factor") else "bfloat16"
+    scale = "" if scale == "none" else scale
     operand = 8 * jnp.dtype(problem.x_dtype).itemsize
     zero, offset = problem.zero == "group", problem.zero == "offset"
     return Record(problem.w_dtype, operand, int(group), scale, zero, offset, "super" in rest)
@@ -94,7 +95,7 @@ class StreamConfig(Config):
         stage = self.nw * self.stage * CHANNELS * 2
         sums = (self.kw - 1) * self.nw * CHANNELS * self.bm * 4
         peers = (self.cs - 1) * self.nw * CHANNELS * self.bm // self.owners * 4
-        vectors = 8 * (self.bm + self.nw * CHANNELS)
+        vectors = 12 * (self.bm + self.nw * CHANNELS)
         stream = self.workers * self.slots * self.records * rows * WORDS * 4
         return (
             stream + activations * self.records * x_bytes + stage + sums + peers + vectors

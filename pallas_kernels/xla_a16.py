@@ -20,7 +20,8 @@ def dequantize(weight: Prepacked) -> jax.Array:
     values = record_values(weight.record, weight.records)
     blocks = values.reshape(*lead, weight.n // CHANNELS, -1, CHANNELS, DEPTH)
     dense = jnp.swapaxes(blocks, -3, -2).reshape(*lead, weight.n, -1)[..., : weight.k]
-    return dense if weight.factor is None else dense * weight.factor[..., None]
+    dense = dense if weight.factor is None else dense * weight.factor[..., None]
+    return dense if weight.offset is None else dense - weight.offset[..., None]
 
 
 def _dot(x: jax.Array, w: jax.Array) -> jax.Array:

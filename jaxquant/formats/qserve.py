@@ -9,7 +9,7 @@
 =============  ===============================================================
 
 Per channel: value = code x s1 - szeros.  Per group: value = (code - zero) x s2 x s1, where the
-product with s2 fits int8: it is the second-level weight of the W4A8 kernel.
+product with s2 fits int8: it is the second-level weight, the operand of the W4A8 kernel.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 from jaxquant.arrays.codes import CODES
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.arrays.scheme import ActSpec
+from jaxquant.errors import FormatError
 from jaxquant.formats.base import (
     CHANNEL,
     Coverage,
@@ -137,8 +138,30 @@ def _slots(spec: QServeSpec, shape: tuple[int, int]) -> tuple[Slot, ...]:
     return (*slots, Slot("s2_scales", ("I8",), shapes), Slot("s2_zeros", ("I8",), shapes))
 
 
+def _check_second_level(codes: np.ndarray, zero: np.ndarray, scale: np.ndarray) -> None:
+    """Refuse codes [out, in] that exceed int8 with the zero points and scales of their groups.
+
+    Raises:
+        FormatError: names the first such group.
+    """
+    groups = codes.reshape(*zero.shape, GROUP)
+    least, most = (
+        (edge.astype(np.int32) - zero) * scale for edge in (groups.min(-1), groups.max(-1))
+    )
+    bad = (least < -128) | (most > 127)
+    if bad.any():
+        channel, group = np.unravel_index(int(np.argmax(bad)), bad.shape)
+        raise FormatError(
+            "qweight",
+            f"{least[bad][0]} to {most[bad][0]} in channel {channel}, group {group}",
+            "(code - zero) x s2_scale fits int8",
+            "the checkpoint is damaged, or of another tool: export it again",
+        )
+
+
 def _decode(arrays: Mapping[str, np.ndarray], spec: QServeSpec, shape: tuple[int, int]) -> QTensor:
-    data = data_of(permuted_to_patterns(arrays["qweight"]), spec.code)
+    codes = permuted_to_patterns(arrays["qweight"])
+    data = data_of(codes, spec.code)
     first = arrays["s1_scales"].reshape(-1, 1)
     if spec.kind == "channel":
         zero = arrays["s1_szeros"].reshape(-1, 1)
@@ -147,6 +170,7 @@ def _decode(arrays: Mapping[str, np.ndarray], spec: QServeSpec, shape: tuple[int
     second = np.ascontiguousarray(arrays["s2_scales"][:, columns].T)
     scaled_zero = arrays["s2_zeros"][:, columns].T.astype(np.int16)
     zero = (-(scaled_zero // second)).astype(np.uint8)
+    _check_second_level(codes, zero, second)
     return QTensor(data, (second, first), (zero,), spec.layout(shape), act=spec.act)
 
 

@@ -106,8 +106,14 @@ def _refused_scales(q: QTensor) -> str | None:
     first, *more = layout.scales
     if more and more != [SUPER_BLOCK] and not (len(more) == 1 and more[0][1] == WHOLE):
         return f"a second scale of {more} is not packed for kernels"
-    if layout.affine == "offset" and (layout.zeros != layout.scales or more != [SUPER_BLOCK]):
-        return "offsets are packed for kernels only with integer scales and super-scales, like them"
+    per_channel = layout.scales == ((1, WHOLE),) and q.act is not None
+    if layout.affine == "offset" and (
+        layout.zeros != layout.scales or not (more == [SUPER_BLOCK] or per_channel)
+    ):
+        return (
+            "offsets are packed for kernels only with integer scales and super-scales, like them, "
+            "or per channel beside 8-bit activations"
+        )
     if layout.affine == "zero_point":
         if layout.zeros != (first,) or str(q.zeros[0].dtype) != "uint8":
             return "zero points must lie on the scale's grid"
@@ -122,8 +128,11 @@ def _refused_activations(q: QTensor) -> str | None:
         return None
     if act.code.bits < 8:
         return f"activations {act} are emulated: this GPU multiplies no {act.code.name} operands"
-    if KERNEL_CODES[q.layout.code.name] != "uint4" or len(q.scales) > 1:
+    progressive = len(q.scales) == 2 and str(q.scales[0].dtype) == "int8"
+    if KERNEL_CODES[q.layout.code.name] != "uint4" or len(q.scales) > 1 + progressive:
         return f"{q.layout.code.name} codes are not packed for 8-bit activations"
+    if (progressive or q.layout.affine == "offset") and act.code.name != "int8":
+        return f"4-bit codes of this layout become int8 operands, which meet no {act.code.name}"
     if q.lead:
         return "experts of 4-bit weights and 8-bit activations have no kernel"
     if act.granularity != "token" or not act.symmetric:

@@ -220,6 +220,12 @@ BAD = {
     ),
     "gpt-oss blocks of another width": bad(GPT_OSS, "16", blocks=np.zeros((64, 6, 8), np.uint8)),
     "gpt-oss scales of another shape": bad(GPT_OSS, "[64, 3]", scales=np.zeros((64, 6), np.uint8)),
+    "qserve second level beyond int8": bad(
+        QS,
+        "fits int8",
+        s2_scales=np.full((2, 64), 120, np.int8),
+        s2_zeros=np.zeros((2, 64), np.int8),
+    ),
     "qserve both kinds of zeros": bad(QS, "both", s1_szeros=np.ones(64, np.float16)),
     "bnb without state": bad(NF4, "state", **{"weight.quant_state.bitsandbytes__nf4": None}),
     "bnb state of another size": bad(NF4, "bytes", weight=np.zeros((10, 1), np.uint8)),

@@ -18,8 +18,10 @@ from jaxquant.arrays.scheme import ActSpec
 from jaxquant.errors import KernelError, LayoutError
 from jaxquant.formats import gguf
 from jaxquant.formats.gguf_types import TYPES
+from jaxquant.formats.qserve import QSERVE
 from jaxquant.nn.prepare import unprepare_model
 from jaxquant.ops.prepared import Prepared, prepare, unprepare
+from tests.formats.cases import qserve
 from tests.ops import oracle
 
 A8 = ["fp8", "fp8_tensor", "fp8_b128", "w8a8", "w8a8_b128"]
@@ -49,6 +51,14 @@ def gguf_weight(name, shape=SHAPE, seed=0):
         scales=tuple(map(tame, parts.scales)), zeros=tuple(map(tame, parts.zeros))
     )
     return jax.tree.map(jnp.asarray, gguf.decode(fmt.join(parts).reshape(-1), kind, shape))
+
+
+def qserve_weight(name):
+    """A weight as QServe's files hold it, "group" or "channel", in both of its levels."""
+    case = qserve(name == "group", SHAPE)
+    spec = QSERVE.spec(case.config, case.module())
+    q = QSERVE.decode(case.arrays, spec, SHAPE)
+    return jax.tree.map(jnp.asarray, q), case.weight
 
 
 def activation(rows=5, width=SHAPE[1]):
@@ -81,6 +91,23 @@ def test_gguf_weights_stay_packed(name):
     assert isinstance(packed, Prepared) and packed.nbytes <= 1.06 * q.nbytes
     assert compare(x, q, packed) < 6e-3
     assert compare(x, q, prepare(gguf_weight(name, seed=1))) > 0.5, "another weight must not pass"
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", ["group", "channel"])
+def test_qserve_weights_become_int8_operands(name):
+    """Both builds are exact but for the rounding of the result."""
+    q, dense = qserve_weight(name)
+    packed, x = prepare(q), activation()
+    assert isinstance(packed, Prepared) and packed.nbytes <= 1.04 * q.nbytes
+    y = jq.matmul(x, packed, backend="interpret")
+    codes, scale, _ = pk.quantize(x, dtype=jnp.int8, layout="token", interpret=True)
+    values = np.asarray(codes, np.float64) * np.asarray(scale, np.float64)
+    assert oracle.relative(y, values @ dense.T) < 2.5e-3
+    wrong = dataclasses.replace(q, zeros=(q.zeros[0] + 1,))
+    assert (
+        oracle.relative(jq.matmul(x, prepare(wrong), backend="interpret"), values @ dense.T) > 0.1
+    )
 
 
 @pytest.mark.interpret
@@ -121,9 +148,18 @@ def test_levels_of_another_producer_are_kept():
     assert compare(activation(), q, weight("w8a8")) > 1e-4, "127 levels are another scale"
 
 
-@pytest.mark.parametrize("scheme", A8 + PACKED + GGUF + ["w3a16_g64", "nvfp4", "bf16", "Q4_1"])
+def any_weight(scheme):
+    if scheme in ("group", "channel"):
+        return qserve_weight(scheme)[0]
+    return gguf_weight(scheme) if scheme.startswith("Q") else weight(scheme)
+
+
+OTHER = ["w3a16_g64", "nvfp4", "bf16", "Q4_1", "group", "channel"]
+
+
+@pytest.mark.parametrize("scheme", A8 + PACKED + GGUF + OTHER)
 def test_prepare_is_exactly_invertible(scheme):
-    q = gguf_weight(scheme) if scheme.startswith("Q") else weight(scheme)
+    q = any_weight(scheme)
     packed = prepare(q)
     if not isinstance(packed, Prepared):
         assert packed is q
@@ -149,6 +185,9 @@ def test_every_refusal_has_its_reason():
     assert "emulated" in reasons_of(x, weight("nvfp4"))["matmul_w4a8"]
     assert "uint2" in reasons_of(x, gguf_weight("Q2_K"))["matmul_a16"]
     assert "offsets" in reasons_of(x, gguf_weight("Q5_1"))["matmul_a16"]
+    q, _ = qserve_weight("group")
+    act = dataclasses.replace(q.act, code=CODES["e4m3"], levels=None)
+    assert "int8" in reasons_of(x, dataclasses.replace(q, act=act))["matmul_w4a8"]
     half = reasons_of(x.astype(jnp.float16), prepare(weight("mxfp4a16")))["matmul_a16"]
     assert "range of bfloat16" in half
     assert "kernel order" in reasons_of(x, weight("w4a16_g64"))["matmul_a16"]
@@ -169,6 +208,8 @@ def test_explain_says_why_nothing_faster_runs():
     assert "e4m3" in str(jq.explain(weight("fp8")))
     assert jq.explain(weight("bf16")).rows[0].reasons == ()
     assert jq.explain(prepare(weight("w4a16_g64"))).rows[0].layout.startswith("int4")
+    row = jq.explain(prepare(qserve_weight("group")[0])).rows[0]
+    assert row.reasons == (("matmul_w4a8", "this process has no GPU"),) or row.kernel != "xla"
 
 
 def test_old_gpus_are_told_why(monkeypatch):

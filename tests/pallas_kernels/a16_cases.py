@@ -25,7 +25,8 @@ class Case:
         group: values of k that share a scale; None for all.
         block: channels that share a scale.
         zero: whether there are zero points.
-        scale: type of the scales; integers have float16 super-scales for 256 values of k.
+        scale: type of the scales; integers have float16 super-scales for 256 values of k, or for
+            narrow activations float16 factors.
         offset: whether there are offsets, of the scales' build.
         factor: channels that share a float32 factor; 0 for no factors.
         x: type of the activations; 8 bits for `matmul_w4a8`.
@@ -85,10 +86,30 @@ class Case:
             zeros = rng.integers(0, 16, self.cells, np.uint8)
         if self.offset:
             zeros = self._scales(rng)
+        if self.progressive:
+            codes, scales, zeros = self._progressive(rng)
         if self.factor:
             factors = np.exp(rng.uniform(-1, 1, (-(-self.n // self.factor), 1))).astype(np.float32)
             scales = (*(scales if isinstance(scales, tuple) else (scales,)), factors)
         return {"codes": codes, "scales": scales, "zeros": zeros}
+
+    @property
+    def progressive(self) -> bool:
+        """Whether codes by an integer scale are int8 operands."""
+        return self.narrow and self.scale == "int8"
+
+    def _progressive(self, rng: np.random.Generator):
+        """Return codes, scales and zero points whose products take all of int8."""
+        fine = rng.integers(1, 128, self.cells) >> rng.integers(0, 7, self.cells)
+        fine = np.maximum(fine, 1).astype(np.int8)
+        zeros = rng.integers(0, 16, self.cells).astype(np.uint8)
+        step = np.repeat(fine, self.group, 1)[:, : self.k].astype(int)
+        zero = np.repeat(zeros, self.group, 1)[:, : self.k].astype(int)
+        codes = zero + rng.integers(-128, 128, step.shape) // step
+        codes = codes.clip(np.maximum(zero - 128 // step, 0), np.minimum(zero + 127 // step, 15))
+        codes = codes.astype(np.uint8)
+        tops = (np.exp(rng.uniform(-1, 1, (self.n, 1))) / 64).astype(np.float16)
+        return codes[:, ::2] | codes[:, 1::2] << 4, (fine, tops), zeros
 
     def _scales(self, rng: np.random.Generator):
         if self.scale == "float8_e8m0fnu":
@@ -155,6 +176,7 @@ class Case:
         result = np.ones((self.n, self.k))
         for level in given if isinstance(given, tuple) else (given,):
             spread = (self.factor, self.k) if level.dtype == np.float32 and self.factor else None
+            spread = (1, self.k) if self.narrow and level.shape == (self.n, 1) else spread
             spread = spread or (self.spread if level.shape == self.cells else (1, 256))
             result = oracle.dequantize(result, level, spread)
         return result
@@ -183,8 +205,11 @@ class Case:
         if factor := weight.factor:
             width = 1 if self.factor >= self.n else self.n
             factor = jax.ShapeDtypeStruct((width,), factor.dtype)
+        if offset := weight.offset:
+            offset = jax.ShapeDtypeStruct((self.n,), offset.dtype)
         weight = dataclasses.replace(
             weight,
+            offset=offset,
             records=jax.ShapeDtypeStruct(rows, jnp.int32),
             n=self.n,
             k=self.k,
@@ -236,6 +261,14 @@ NARROW = (
     Case(0, x="int8", group=64, k=320),
     Case(0, x="float8_e4m3fn", group=None, scale="float32"),
     Case(0, x="float8_e4m3fn", group=32, zero=True, bias="bfloat16"),
+)
+# QServe's two builds, whose codes become int8 operands.
+QSERVE_GROUP = Case(0, x="int8", scale="int8", zero=True)
+QSERVE_CHANNEL = Case(0, x="int8", group=None, scale="float16", offset=True)
+WHOLE = (
+    dataclasses.replace(QSERVE_GROUP, bias="float32"),
+    dataclasses.replace(QSERVE_GROUP, k=512, group=256),
+    dataclasses.replace(QSERVE_CHANNEL, bias="bfloat16", k=320),
 )
 # Kind of the tuned table -> case.
 TUNED = {

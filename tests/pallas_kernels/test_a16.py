@@ -7,16 +7,31 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from a16_cases import FORMATS, NARROW, TUNED, TUNED_TWO_LEVEL, TWO_LEVEL, Case
+from a16_cases import (
+    FORMATS,
+    NARROW,
+    QSERVE_CHANNEL,
+    QSERVE_GROUP,
+    TUNED,
+    TUNED_TWO_LEVEL,
+    TWO_LEVEL,
+    WHOLE,
+    Case,
+)
 
 from pallas_kernels import KernelError, matmul_a16, matmul_w4a8, unpack
 from pallas_kernels.a16_configs import A16DecodeConfig, A16PrefillConfig
 from pallas_kernels.matmul_a16 import A16_KERNELS, a16_problem
-from pallas_kernels.matmul_w4a8 import W4A8_KERNELS, W4A8Config, w4a8_problem
+from pallas_kernels.matmul_w4a8 import (
+    W4A8_KERNELS,
+    W4A8Config,
+    W4A8WholeConfig,
+    w4a8_problem,
+)
 from pallas_kernels.problem import select, tuned_table
 from pallas_kernels.xla_a16 import xla_matmul_a16, xla_matmul_w4a8
 
-ALL = (*FORMATS, *TWO_LEVEL, *NARROW)
+ALL = (*FORMATS, *TWO_LEVEL, *NARROW, *WHOLE)
 
 
 def tolerance(case: Case, rounded: bool = False) -> float:
@@ -47,6 +62,7 @@ def xla(case: Case, plain: dict, given: dict) -> np.ndarray:
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_every_format_under_the_interpreter(interpret, case):
     config = W4A8Config(8, kw=2) if case.narrow else A16DecodeConfig(8, kw=2)
+    config = W4A8WholeConfig(8, kw=2) if case in WHOLE else config
     plain = not case.narrow and case.scale != "uint8"
     if plain and (case.code, case.group) == ("uint4", 32):  # rounded, within the bound of exact
         config = A16PrefillConfig(8, kw=2)
@@ -97,6 +113,19 @@ def test_every_shape_of_config(interpret, m, n, k, config):
     check_interpreted(interpret, Case(m, n, k, group=group, zero=True), config, rounded)
 
 
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("case", "config"),
+    [
+        (QSERVE_GROUP, W4A8WholeConfig(64, nw=2, ring=2, lag=0)),
+        (QSERVE_CHANNEL, W4A8WholeConfig(128, ring=3, lag=1)),
+    ],
+    ids=str,
+)
+def test_int8_operands_of_many_tokens_under_the_interpreter(interpret, case, config):
+    check_interpreted(interpret, dataclasses.replace(case, m=70, n=128, k=384), config)
+
+
 @pytest.mark.parametrize("m", [13, 200])
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_xla_computes_the_same(case, m):
@@ -132,6 +161,33 @@ def test_a_wrong_weight_is_noticed(wrong, x):
     expected = case.expected(plain)
     got = xla(case, {**plain, **wrong(plain)}, case.activations())
     assert oracle.relative_error(got, expected) > 4 * tolerance(case, rounded=True)
+
+
+def wrong_offset(plain):
+    return {"zeros": np.roll(plain["zeros"], 1, axis=0)}
+
+
+def wrong_factor(plain):
+    fine, tops = plain["scales"]
+    return {"scales": (fine, np.roll(tops, 1, axis=0))}
+
+
+@pytest.mark.parametrize(
+    ("case", "wrong"),
+    [
+        (QSERVE_GROUP, swap_nibbles),
+        (QSERVE_GROUP, wrong_zero),
+        (QSERVE_GROUP, wrong_factor),
+        (QSERVE_CHANNEL, swap_nibbles),
+        (QSERVE_CHANNEL, shift_channels),
+        (QSERVE_CHANNEL, wrong_offset),
+    ],
+)
+def test_a_wrong_weight_of_int8_operands_is_noticed(case, wrong):
+    case = dataclasses.replace(case, m=13)
+    plain = case.plain()
+    got = xla(case, {**plain, **wrong(plain)}, case.activations())
+    assert oracle.relative_error(got, case.expected(plain)) > 4 * tolerance(case, rounded=True)
 
 
 @pytest.mark.parametrize("wrong", ["bias", "perm", "x_scale"])
@@ -244,6 +300,10 @@ def test_a_weight_packed_for_the_other_op_is_refused():
         matmul_a16(**wide.activations(), weight=narrow.pack(narrow.plain()))
     with pytest.raises(KernelError, match="operand=8"):
         matmul_w4a8(**narrow.activations(), weight=wide.pack(wide.plain()))
+    group = dataclasses.replace(QSERVE_GROUP, m=4)
+    given = Case(4, x="float8_e4m3fn").activations()
+    with pytest.raises(KernelError, match="int8 operands"):
+        matmul_w4a8(**given, weight=group.pack(group.plain()))
 
 
 def test_a_stack_is_refused_and_scanned():
