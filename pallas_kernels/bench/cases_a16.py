@@ -23,12 +23,19 @@ NVFP4 = Record(E2M1, 16, 16, E4M3, False)
 MXFP4 = Record(E2M1, 16, 32, E8M0, False)
 Q4_K = Record("uint4", 16, 32, "uint8", False, offset=True, product=True)
 Q6_K = Record("uint6", 16, 16, "int8", False, product=True)
+QSERVE_GROUP = Record("uint4", 8, 128, "int8", True)
+QSERVE_CHANNEL = Record("uint4", 8, 128, "", False, offset=True)
 _PEERS = ("vllm marlin w4a16", "vllm machete w4a16")
 
 
 def _scales(record: Record, key: jax.Array, n: int, k: int) -> Levels:
     """Return random scales (or offsets) of a format's build."""
     cells = (n, k // record.group)
+    if record.progressive:
+        fine = jax.random.randint(key, cells, 1, 9, jnp.int32).astype(jnp.int8)
+        return fine, jnp.full((n, 1), 1 / 256, jnp.float16)
+    if not record.scale_bits:
+        return jax.random.uniform(key, (n, 1), jnp.float32, 0.5, 2).astype(jnp.float16) / 64
     if record.product:
         low, high = (0, 64) if record.scale_dtype == "uint8" else (-128, 128)
         fine = jax.random.randint(key, cells, low, high, jnp.int32).astype(record.scale_dtype)
@@ -69,8 +76,8 @@ def _operands(record: Record, x_dtype: Any, m: int, n: int, k: int, seed: int) -
             scales,
             zeros,
             code=record.code,
-            group=record.group,
-            factor_block=n,
+            group=record.group if record.scale_bits else None,
+            factor_block=1 if record.progressive or not record.scale_bits else n,
             operand=record.operand,
         )
     }
@@ -129,5 +136,7 @@ CASES_A16: tuple[Case, ...] = (
     _case("q5_k", dataclasses.replace(Q4_K, code="uint5"), bits=5.5, peers=("vllm ggml q5_k",)),
     _case("q6_k", Q6_K, bits=6.5625, peers=("vllm ggml q6_k",)),
     _case("w4a8_int8", Record("uint4", 8, 128, "bfloat16", False), jnp.int8),
+    _case("qserve_group", QSERVE_GROUP, jnp.int8, tokens=shapes.TOKENS),
+    _case("qserve_channel", QSERVE_CHANNEL, jnp.int8, tokens=shapes.TOKENS),
     _case("w4a8_fp8", Record("uint4", 8, 128, "bfloat16", False), jnp.float8_e4m3fn),
 )
