@@ -47,13 +47,15 @@ def program(
     def once(sets, results):
         made = []
         for i in range(calls):
-            before = made[-1] if made else results[-1]
-            operands, before = lax.optimization_barrier((sets[i % len(sets)], before))
-            made[-1:] = [before] if made else []
+            operands, before = sets[i % len(sets)], made[-1:] or results[-1:]
+            operands, before = lax.optimization_barrier((operands, before))
+            made[-1:] = before if made else []
             made.append(function(operands))
         return made
 
     def run(sets):
+        if loops == 1:
+            return once(sets, [])
         shapes = jax.eval_shape(lambda: [function(sets[i % len(sets)]) for i in range(calls)])
         results = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
         return lax.fori_loop(0, loops, lambda _, results: once(sets, results), results)
