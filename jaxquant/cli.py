@@ -15,10 +15,12 @@ from jaxquant.errors import JaxquantError
 EXPORTS = ("compressed-tensors", "gptq", "awq", "fp8", "gguf")
 
 
-def _names(verb: argparse.ArgumentParser) -> None:
+def _names(verb: argparse.ArgumentParser, config: bool = True) -> None:
     verb.add_argument(
         "--names", help="YAML name map: what the checkpoint's tensors are called here"
     )
+    if config:
+        verb.add_argument("--config", help="config.json for a .gguf file of unknown architecture")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         "inspect", help="list every tensor of a checkpoint: format, shape, bytes"
     )
     verb.add_argument("path", help="checkpoint directory or .gguf file")
+    _names(verb, config=False)
     verb.add_argument("--json", action="store_true", help="machine-readable output")
     verb.add_argument(
         "--plan", help="YAML plan: show what would be loaded from where, read nothing"
@@ -51,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--format", choices=EXPORTS, required=True)
     verb.add_argument("--scheme", help="quantize every linear of the layers first, e.g. w4a16_g128")
     verb.add_argument("--plan", help="YAML plan: the precision and source of each weight")
+    _names(verb)
     verb.add_argument("--kind", help="gguf: Q8_0, Q4_0, F32, F16 or BF16 for all weights")
 
     verb = verbs.add_parser("generate", help="generate text")

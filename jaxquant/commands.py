@@ -26,7 +26,8 @@ def _dtype(name: str) -> Any:
 
 def _model(arguments: argparse.Namespace, path: str, **options: Any) -> jq.CausalLM:
     dtype = _dtype(arguments.dtype)
-    return jq.from_pretrained(path, names=arguments.names, dtype=dtype, **options)
+    options |= {"names": arguments.names, "config": arguments.config}
+    return jq.from_pretrained(path, dtype=dtype, **options)
 
 
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -48,9 +49,9 @@ def inspect(arguments: argparse.Namespace) -> None:
     from jaxquant.convert.inspect import inspect_checkpoint, inspect_plan
 
     if arguments.plan:
-        report = inspect_plan(arguments.path, arguments.plan)
+        report = inspect_plan(arguments.path, arguments.plan, arguments.names)
     else:
-        report = inspect_checkpoint(arguments.path)
+        report = inspect_checkpoint(arguments.path, arguments.names)
     if arguments.json:
         print(json.dumps(report.as_json(), indent=1))
         return
@@ -82,6 +83,8 @@ def export(arguments: argparse.Namespace) -> None:
         format=arguments.format,
         scheme=arguments.scheme,
         plan=arguments.plan,
+        names=arguments.names,
+        config=arguments.config,
         kind=arguments.kind,
     )
     print(f"{destination}: {_mebibytes(destination):.1f} MiB")
@@ -162,7 +165,8 @@ def eval(arguments: argparse.Namespace) -> None:
 
 def explain(arguments: argparse.Namespace) -> None:
     """Print which kernel runs each weight."""
-    model = jq.from_pretrained(arguments.model, names=arguments.names)
+    options = {"names": arguments.names, "config": arguments.config}
+    model = jq.from_pretrained(arguments.model, **options)
     print(jq.explain(model, batch=arguments.batch))
 
 

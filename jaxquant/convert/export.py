@@ -18,6 +18,7 @@ from jaxquant.convert.fresh import fresh_directory, refuse_existing
 from jaxquant.convert.gguf_export import export_gguf
 from jaxquant.convert.gguf_tokenizer import metadata_of
 from jaxquant.convert.load import ReadAhead, tokenizer_of
+from jaxquant.convert.name_map import NameMap
 from jaxquant.convert.names import published
 from jaxquant.convert.plan_file import read_plan
 from jaxquant.convert.progress import byte_progress
@@ -25,6 +26,7 @@ from jaxquant.convert.read import EMBEDDINGS, USUALLY_DENSE
 from jaxquant.convert.read_checkpoint import member_file
 from jaxquant.convert.read_kv import is_kv_scale
 from jaxquant.convert.save import is_saved
+from jaxquant.convert.saved_source import saved_source
 from jaxquant.convert.source import Item, ModelSource, open_source, scheme_item, signature
 from jaxquant.convert.write_safetensors import Entry, Piece, write_safetensors
 from jaxquant.errors import ConfigError, FormatError
@@ -58,6 +60,8 @@ def export_pretrained(
     format: str,
     scheme: Scheme | str | None = None,
     plan: str | Path | None = None,
+    names: NameMap | str | Path | None = None,
+    config: Mapping[str, Any] | str | Path | None = None,
     kind: str | None = None,
 ) -> None:
     """Write a checkpoint that other tools read, one tensor at a time.
@@ -67,12 +71,15 @@ def export_pretrained(
     embeddings and norms stay as they are and stand in the format's list of ignored modules.
 
     Args:
-        source: a checkpoint directory or ``.gguf`` file.
+        source: a checkpoint directory or ``.gguf`` file, or a directory that ``save_pretrained``
+            wrote, which is read whole.
         path: the directory (for GGUF the file) to create.
         format: "compressed-tensors", "gptq", "awq", "fp8" or "gguf".
         scheme: quantizes every linear of the layers but routers first, by round-to-nearest, also
             those that are quantized already.  Not for GGUF.
         plan: YAML file that mixes weights of several checkpoints, as for ``from_pretrained``.
+        names: what the source's tensors are called in the model, as for ``from_pretrained``.
+        config: content or path of a ``config.json`` for a ``.gguf`` file, as there.
         kind: for GGUF: Q8_0, Q4_0, F32, F16 or BF16 for all weights; None keeps every weight
             exactly, in its own blocks where GGUF has them and as floats where it has not.
     Raises:
@@ -91,10 +98,14 @@ def export_pretrained(
     chosen = None if scheme is None else Scheme.parse(scheme)
     refuse_existing(path)
     if is_saved(source):
-        rule = "it keeps no config.json for other tools"
-        action = "export the checkpoint that it was converted from"
-        raise FormatError(str(source), "a directory that save_pretrained wrote", rule, action)
-    opened = open_source(source, None if plan is None else read_plan(plan))
+        for option, value in (("plan", plan), ("names", names), ("config", config)):
+            if value is not None:
+                rule = f"{source} is converted already"
+                raise ConfigError(option, str(value)[:200], rule, "use the original checkpoint")
+        opened = saved_source(source)
+    else:
+        mixed = None if plan is None else read_plan(plan)
+        opened = open_source(source, mixed, names, config)
     total = sum(item.nbytes for item in (*opened.arrays.values(), *opened.weights.values()))
     with byte_progress(f"exporting {Path(source).name}", total) as advance:
         if format == "gguf":

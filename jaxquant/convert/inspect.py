@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxquant.arrays.qtensor import QTensor
+from jaxquant.convert.name_map import NameMap, read_names, rename, renamed
 from jaxquant.convert.plan_file import read_plan
 from jaxquant.convert.read import QuantizedModule, survey
 from jaxquant.convert.read_checkpoint import open_checkpoint
 from jaxquant.convert.read_gguf import open_gguf
 from jaxquant.convert.report import LoadReport, make_report
+from jaxquant.convert.save import is_saved
+from jaxquant.convert.saved_source import saved_source
 from jaxquant.convert.source import Item, open_source
+from jaxquant.errors import ConfigError
 from jaxquant.formats.bitsandbytes import BITSANDBYTES
 from jaxquant.models import build_model
 
+Names = NameMap | str | Path | None
 COLUMNS = ["tensor", "format", "shape", "bits/weight", "bytes"]
 
 
@@ -94,7 +100,7 @@ def _bits(nbytes: int, shape: tuple[int, ...]) -> float:
     return 8 * nbytes / max(1, int(np.prod(shape, dtype=np.int64)))
 
 
-def _scale_range(arrays: list[np.ndarray]) -> tuple[float, float] | None:
+def _scale_range(arrays: Iterable[np.ndarray]) -> tuple[float, float] | None:
     values = [np.asarray(a).astype(np.float32) for a in arrays if a.size]
     if not values:
         return None
@@ -109,25 +115,40 @@ def _scales(module: QuantizedModule) -> list[np.ndarray]:
     return [t.read() for name, t in module.raw.items() if "scale" in name or name == "s"]
 
 
-def _directory_entries(path: Path) -> list[Entry]:
+def _saved_entries(path: Path) -> list[Entry]:
+    source = saved_source(path)
+    entries = [
+        _entry(name, item) for name, item in (*source.weights.items(), *source.arrays.items())
+    ]
+    ranges = {name: _scale_range(item.load().scales) for name, item in source.weights.items()}
+    return [dataclasses.replace(entry, scales=ranges.get(entry.name)) for entry in entries]
+
+
+def _directory_entries(path: Path, names: Names) -> list[Entry]:
     contents = survey(open_checkpoint(path))
+    new = renamed(names, contents.modules, contents.tensors, str(path))
     entries = []
     for name, module in contents.modules.items():
         scales = _scales(module)
         label = f"{module.format.name} {module.layout}"
         bits = _bits(module.nbytes, module.shape)
-        row = Entry(name, label, module.shape, bits, module.nbytes, _scale_range(scales), str(path))
+        shown = new.modules.get(name, name)
+        row = Entry(
+            shown, label, module.shape, bits, module.nbytes, _scale_range(scales), str(path)
+        )
         entries.append(row)
     for name, tensor in contents.tensors.items():
         bits = _bits(tensor.nbytes, tensor.shape)
+        shown = new.tensors.get(name, name)
         entries.append(
-            Entry(name, tensor.dtype, tensor.shape, bits, tensor.nbytes, None, str(path))
+            Entry(shown, tensor.dtype, tensor.shape, bits, tensor.nbytes, None, str(path))
         )
     return entries
 
 
-def _gguf_entries(path: Path) -> list[Entry]:
+def _gguf_entries(path: Path, names: Names) -> list[Entry]:
     file = open_gguf(path)
+    new = rename(read_names(names), file.tensors, str(path))
 
     def scales(name: str) -> list[np.ndarray]:
         found = file.scales(name)
@@ -135,7 +156,7 @@ def _gguf_entries(path: Path) -> list[Entry]:
 
     return [
         Entry(
-            name,
+            new.get(name, name),
             tensor.dtype,
             tensor.shape,
             _bits(tensor.nbytes, tensor.shape),
@@ -147,14 +168,26 @@ def _gguf_entries(path: Path) -> list[Entry]:
     ]
 
 
-def inspect_checkpoint(path: str | Path) -> Report:
-    """List every tensor of a checkpoint directory or ``.gguf`` file.
+def inspect_checkpoint(path: str | Path, names: Names = None) -> Report:
+    """List every tensor of a checkpoint.
 
+    Args:
+        path: a directory, a ``.gguf`` file, or a directory that ``save_pretrained`` wrote.
+        names: name map whose new names are shown; see :mod:`jaxquant.convert.name_map`.
     Raises:
         FormatError: the checkpoint breaks its format.
+        ConfigError, PlanError: a name map that is not valid or does not fit.
     """
     path = Path(path)
-    entries = _gguf_entries(path) if path.suffix == ".gguf" else _directory_entries(path)
+    if is_saved(path):
+        if names is not None:
+            rule = f"{path} is converted already"
+            raise ConfigError("names", str(names)[:200], rule, "use the original checkpoint")
+        entries = _saved_entries(path)
+    elif path.suffix == ".gguf":
+        entries = _gguf_entries(path, names)
+    else:
+        entries = _directory_entries(path, names)
     total = sum(e.nbytes for e in entries)
     weights = sum(int(np.prod(e.shape, dtype=np.int64)) for e in entries)
     summary = (
@@ -163,25 +196,26 @@ def inspect_checkpoint(path: str | Path) -> Report:
     return Report(tuple(entries), f"{summary} per weight")
 
 
-def inspect_plan(path: str | Path, plan: str | Path) -> Report:
+def _entry(name: str, item: Item) -> Entry:
+    """A row of an item as it is in memory, without scales."""
+    value = item.abstract
+    quantized = isinstance(value, QTensor)
+    size = value.nbytes if quantized else value.size * value.dtype.itemsize
+    label = f"{item.format} {value.layout}" if quantized else str(value.dtype)
+    bits = _bits(size, tuple(value.shape))
+    return Entry(name, label, tuple(value.shape), bits, size, None, item.origin)
+
+
+def inspect_plan(path: str | Path, plan: str | Path, names: Names = None) -> Report:
     """What would be loaded from where under a mixed-precision plan; no weight is read.
 
     Raises:
         ConfigError, PlanError, FormatError: as loading with the plan would.
     """
-    source = open_source(path, read_plan(plan))
-
-    def entry(name: str, item: Item) -> Entry:
-        value = item.abstract
-        quantized = isinstance(value, QTensor)
-        size = value.nbytes if quantized else value.size * value.dtype.itemsize
-        label = f"{item.format} {value.layout}" if quantized else str(value.dtype)
-        bits = _bits(size, tuple(value.shape))
-        return Entry(name, label, tuple(value.shape), bits, size, None, item.origin)
-
+    source = open_source(path, read_plan(plan), names)
     weights = {name: item.abstract for name, item in source.weights.items()}
     arrays = {name: item.abstract for name, item in source.arrays.items()}
     build_model(source.config, weights, arrays)
     items = [*source.weights.items(), *source.arrays.items()]
     report = make_report(source)
-    return Report(tuple(entry(name, item) for name, item in items), str(report), report)
+    return Report(tuple(_entry(name, item) for name, item in items), str(report), report)

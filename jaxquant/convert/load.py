@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,7 @@ def from_pretrained(
     *,
     plan: str | Path | None = None,
     names: NameMap | str | Path | None = None,
+    config: Mapping[str, Any] | str | Path | None = None,
     mesh: Mesh | None = None,
     dtype: Any = jnp.bfloat16,
     scan_layers: bool = False,
@@ -105,6 +107,8 @@ def from_pretrained(
         plan: YAML file that mixes weights of several checkpoints.
         names: what tensors of this checkpoint are called in the model, where it does not use the
             usual names: a map, or a YAML file with one (see :mod:`jaxquant.convert.name_map`).
+        config: content of a ``config.json``, or its path, that says what a ``.gguf`` file holds,
+            where its architecture is unknown; ``names`` says what it calls its tensors.
         mesh: places weights over devices; axes named ``tp`` (or ``model``) split heads and inner
             widths, ``ep`` (or ``expert``) splits experts, any others replicate.
         dtype: compute dtype, float32, bfloat16 or float16.  Weights keep their own.
@@ -125,7 +129,7 @@ def from_pretrained(
     prepares = mesh is None and has_kernels()
     tokenizer = tokenizer_of(path)
     if is_saved(path):
-        for option, value in (("plan", plan), ("names", names)):
+        for option, value in (("plan", plan), ("names", names), ("config", config)):
             if value is not None:
                 rule = f"{path} is converted already"
                 raise ConfigError(option, str(value)[:200], rule, "use the original checkpoint")
@@ -135,7 +139,7 @@ def from_pretrained(
         if scan_layers:
             model = stack_layers(model)
     else:
-        source = open_source(path, None if plan is None else read_plan(plan), names)
+        source = open_source(path, None if plan is None else read_plan(plan), names, config)
         items = {**source.arrays, **source.weights}
         weights = {name: item.abstract for name, item in source.weights.items()}
         arrays = {name: item.abstract for name, item in source.arrays.items()}
@@ -156,6 +160,7 @@ def from_pretrained(
                 finish=prepare_model if prepares else None,
             )
         model.report = make_report(source)
+        model.published = json.dumps(source.published)
     if prepares:
         model = prepare_model(model)
     model.tokenizer = tokenizer

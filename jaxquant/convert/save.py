@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,10 +38,30 @@ def is_saved(path: str | Path) -> bool:
     return (Path(path) / LAYOUTS_FILE).is_file()
 
 
-def describe(model: CausalLM) -> tuple[dict[str, QTensor], dict[str, Any]]:
-    """The names a model is built from: abstract weights by module path, abstract arrays by name."""
-    weights: dict[str, QTensor] = {}
-    arrays: dict[str, Any] = {}
+def _cut(value: Any, index: int | None) -> Any:
+    return value if index is None else jax.tree.map(lambda leaf: leaf[index], value)
+
+
+class Held(NamedTuple):
+    """A value in a model: a QTensor or array, or one entry of a stack of them."""
+
+    value: Any
+    entry: int | None = None
+
+    def take(self) -> Any:
+        """The value itself."""
+        return _cut(self.value, self.entry)
+
+    @property
+    def abstract(self) -> Any:
+        """Its shapes and dtypes."""
+        return jax.eval_shape(lambda value: _cut(value, self.entry), self.value)
+
+
+def held_by(model: CausalLM) -> tuple[dict[str, Held], dict[str, Held]]:
+    """The names a model is built from: weights by module path, other arrays by name."""
+    weights: dict[str, Held] = {}
+    arrays: dict[str, Held] = {}
     plans = {path: node.plan for path, node in nnx.iter_graph(model) if isinstance(node, Experts)}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         name, value = ".".join(map(str, path)), variable.get_value()
@@ -50,19 +70,25 @@ def describe(model: CausalLM) -> tuple[dict[str, QTensor], dict[str, Any]]:
             prefix, projection = name.rsplit(".", 1)
             for expert in range(plan.experts):
                 local = int(plan.positions[expert]) % plan.local
-                part = next(
-                    part
+                weights[f"{prefix}.{expert}.{projection}"] = next(
+                    Held(part, local - run.start)
                     for run, part in zip(value.runs, value.parts, strict=True)
                     if run.start <= local < run.stop
                 )
-                one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), part)
-                weights[f"{prefix}.{expert}.{projection}"] = one
         elif isinstance(value, QTensor):
-            abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), value)
-            weights[name.removesuffix(".weight")] = abstract
+            weights[name.removesuffix(".weight")] = Held(value)
         else:
-            arrays[name] = jax.ShapeDtypeStruct(value.shape, value.dtype)
+            arrays[name] = Held(value)
     return weights, arrays
+
+
+def describe(model: CausalLM) -> tuple[dict[str, QTensor], dict[str, Any]]:
+    """The names a model is built from, with shapes and dtypes only."""
+    weights, arrays = held_by(model)
+    return (
+        {name: held.abstract for name, held in weights.items()},
+        {name: held.abstract for name, held in arrays.items()},
+    )
 
 
 def _leaf_json(q: QTensor) -> dict[str, Any]:
@@ -128,6 +154,7 @@ def save_pretrained(model: CausalLM, path: str | Path) -> None:
     document = {
         "version": VERSION,
         "config": to_json(model.config),
+        "published": None if model.published is None else json.loads(model.published),
         "dtype": str(model.dtype),
         "layouts": table,
         "weights": entries,
@@ -192,7 +219,9 @@ def load_saved(path: str | Path, mesh: Mesh | None = None, dtype: Any = None) ->
         arrays = {name: _leaf_struct(a, False) for name, a in document["arrays"].items()}
         config = from_json(document["config"], where)
         saved_dtype = document["dtype"]
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        # Version 1 did not always write it.
+        published = dict(document.get("published") or {})
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         found = f"a damaged description ({type(error).__name__}: {error})"
         raise FormatError(where, found, action="convert the checkpoint again") from None
     model = build_model(config, weights, arrays, dtype=dtype or saved_dtype)
@@ -214,6 +243,7 @@ def load_saved(path: str | Path, mesh: Mesh | None = None, dtype: Any = None) ->
         leaves = [restored[leaf] for leaf in _named_leaves(name, value)]
         variable.set_value(jax.tree.unflatten(jax.tree.structure(value), leaves))
     nnx.update(model, nnx.from_flat_state([(tuple(_key(n)), v) for n, v in variables.items()]))
+    model.published = json.dumps(published) if published else None
     return model
 
 

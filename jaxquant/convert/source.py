@@ -170,8 +170,15 @@ def _check_count(found: int, what: str, held: int, where: str) -> None:
         )
 
 
-def _gguf_source(path: Path, names: NameMap | str | Path | None) -> ModelSource:
-    model = open_gguf_model(path, names)
+def _gguf_source(
+    path: Path, names: NameMap | str | Path | None, config: Mapping[str, Any] | str | Path | None
+) -> ModelSource:
+    known = load_object(Path(config)) if isinstance(config, str | Path) else config
+    if known is not None:
+        given = ModelConfig.from_hf(known)
+        defaults = {"model_type": given.family, "num_key_value_heads": given.num_kv_heads}
+        known = {**defaults, **known}
+    model = open_gguf_model(path, names, known)
     items = {
         name: Item(
             piece.abstract,
@@ -185,14 +192,15 @@ def _gguf_source(path: Path, names: NameMap | str | Path | None) -> ModelSource:
     weights = {name: items[name] for name in model.weights}
     arrays = {name: items[name] for name in model.arrays}
     with within(path, f"{path}: "):
-        config = ModelConfig.from_hf(model.config)
-    return ModelSource(path, config, model.config, weights, arrays, {})
+        parsed = ModelConfig.from_hf(model.config)
+    return ModelSource(path, parsed, model.config, weights, arrays, {})
 
 
 def open_source(
     path: str | Path,
     plan: PrecisionPlan | None = None,
     names: NameMap | str | Path | None = None,
+    config: Mapping[str, Any] | str | Path | None = None,
 ) -> ModelSource:
     """Open a checkpoint directory or ``.gguf`` file, mixed with others where there is a plan.
 
@@ -201,14 +209,20 @@ def open_source(
         plan: which weights come from elsewhere.
         names: name map of this checkpoint (not of the plan's others); see
             :mod:`jaxquant.convert.name_map`.
+        config: content of a ``config.json``, or its path, for a ``.gguf`` file.
     Raises:
         FormatError: a file or config breaks its rules.
-        ConfigError: an architecture that is not known.
+        ConfigError: an architecture that is not known, or a config for a directory.
         PlanError: names that do not fit together, or a plan that cannot be met; all problems.
     """
     path = Path(path)
-    open_it = _gguf_source if path.suffix == ".gguf" else _directory_source
-    opened = open_it(path, names)
+    if path.suffix == ".gguf":
+        opened = _gguf_source(path, names, config)
+    elif config is None:
+        opened = _directory_source(path, names)
+    else:
+        rule = f"{path} is a directory, with a config.json of its own"
+        raise ConfigError("config", str(config)[:200], rule, "change that file")
     return opened if plan is None else _planned_source(opened, plan)
 
 

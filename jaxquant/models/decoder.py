@@ -128,6 +128,7 @@ class CausalLM(nnx.Module):
         dtype: compute dtype.
         tokenizer: for prompts given as text, or None; see :mod:`jaxquant.tokenize`.
         report: what loading did, or None for a model that was not loaded.
+        published: text of the ``config.json`` it was loaded with, or None.
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class CausalLM(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.tokenizer: Any = nnx.static(None)
         self.report: Any = nnx.static(None)
+        self.published: Any = nnx.static(None)
 
     def __call__(self, input_ids: jax.Array) -> jax.Array:
         """Logits of every token; compiled once per shape.

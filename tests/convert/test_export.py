@@ -154,6 +154,31 @@ def test_a_gguf_file_becomes_a_directory(tmp_path):
     assert model.tokenizer.decode(model.tokenizer.encode(text)) == text
 
 
+def test_a_converted_directory_is_exported_as_its_source_is(tmp_path):
+    saved, source = tmp_path / "saved", tmp_path / "source"
+    shutil.copytree(GOLDEN / "gptq-4b-dynamic-llama", source)
+    (source / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    jq.save_pretrained(jq.from_pretrained(source), saved)
+    for path in (source, saved):
+        jq.export_pretrained(path, tmp_path / f"{path.name}-out", format="gptq")
+    before, after = tmp_path / "source-out", tmp_path / "saved-out"
+    tensors = [open_checkpoint(path).tensors for path in (before, after)]
+    assert set(tensors[0]) == set(tensors[1])
+    for name, tensor in tensors[0].items():
+        again = tensors[1][name]
+        assert (tensor.dtype, tensor.read().tobytes()) == (again.dtype, again.read().tobytes())
+    configs = [json.loads((path / "config.json").read_text()) for path in (before, after)]
+    assert configs[1] == configs[0] | {"eos_token_id": [2, 7]}
+    assert open_source(before).config == open_source(after).config
+    with pytest.raises(ConfigError, match="converted already"):
+        jq.export_pretrained(saved, tmp_path / "x", format="gptq", names={"a": "b"})
+    layouts = saved / "layouts.json"
+    layouts.write_text(json.dumps({**json.loads(layouts.read_text()), "published": None}))
+    with pytest.raises(FormatError, match="convert the checkpoint again"):
+        jq.export_pretrained(saved, tmp_path / "x", format="gptq")
+    assert not (tmp_path / "x").exists()
+
+
 def cached(folder, source, **scales):
     """A copy of a golden folder with scales of a key-value cache."""
     checkpoint = open_checkpoint(GOLDEN / source)

@@ -1,5 +1,6 @@
 """A user's own name map, on names alone and on whole checkpoints."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -108,6 +109,16 @@ def test_a_checkpoint_with_other_names(foreign, tmp_path, capsys):
     found = jq.read_quantized(foreign, names={k: v for k, v in MAP.items() if "norm1" not in k})
     assert "model.layers.0.mlp.experts.1.gate_proj" in found
     assert main(["explain", str(foreign), "--names", str(file)]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(foreign), "--names", str(file), "--json"]) == 0
+    shown = {row["name"] for row in json.loads(capsys.readouterr().out)["tensors"]}
+    assert {
+        "model.layers.0.mlp.experts.1.gate_proj",
+        "model.layers.1.input_layernorm.weight",
+    } <= shown
+    out = tmp_path / "out.gguf"
+    assert main(["export", str(foreign), str(out), "--names", str(file), "--format", "gguf"]) == 0
+    np.testing.assert_array_equal(jq.from_pretrained(out, dtype=jnp.float32)(IDS), expected)
     assert main(["explain", str(foreign), "--names", str(tmp_path / "no.yaml")]) == 2
     assert "no.yaml" in capsys.readouterr().err
 

@@ -1,5 +1,6 @@
 """GGUF files as models: every architecture against weights that were transformed by hand."""
 
+import json
 import warnings
 from pathlib import Path
 
@@ -212,6 +213,7 @@ def test_per_layer_arrays(tmp_path):
 def test_unknown_architecture_and_name_map(tmp_path):
     files, _, _ = CASES["llama"]
     renamed = [t._replace(name=t.name.replace("blk.", "h.")) for t in files.tensors("F32")]
+    known = config_of(open_gguf(llama(tmp_path)))
     path = write(tmp_path, metadata("mystery"), renamed)
     with pytest.raises(FormatError, match="mystery"):
         open_gguf_model(path)
@@ -230,6 +232,13 @@ def test_unknown_architecture_and_name_map(tmp_path):
     with pytest.raises(PlanError, match=r"'h\.\{\}\.attn_x': matches nothing"):
         jq.read_quantized(path, names=names | {"h.{}.attn_x": "model.layers.{}.x"})
     assert set(model.pieces) == set(files.model)
+    (tmp_path / "config.json").write_text(json.dumps(known))
+    loaded = jq.from_pretrained(path, names=names, config=tmp_path / "config.json")
+    assert loaded(np.zeros((1, 3), np.int32)).shape == (1, 3, VOCAB)
+    with pytest.raises(ConfigError, match="num_hidden_layers"):
+        jq.from_pretrained(path, names=names, config={**known, "num_hidden_layers": None})
+    with pytest.raises(ConfigError, match="a directory"):
+        jq.from_pretrained(tmp_path, config=known)
     value = np.asarray(jq.dequantize(model.load("model.layers.1.self_attn.k_proj")))
     # A foreign architecture's rows are taken as they are.
     np.testing.assert_array_equal(value, files.file["blk.1.attn_k.weight"])
