@@ -7,7 +7,6 @@ where it failed and "-" where it did not run.
 """
 
 import argparse
-import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -39,7 +38,28 @@ SCHEME_TESTS = {
     "control": ("test_a_broken_weight_is_noticed", "a broken weight is noticed"),
     "kernel": ("test_kernels_agree_with_the_xla_path", "the Hopper kernel agrees (interpreter)"),
 }
-
+GGUF_TYPE_TESTS = {
+    "golden": ("test_golden_block", "a block of the format's golden vectors has its values"),
+    "llama.cpp": (
+        "test_rows_are_decoded_bit_for_bit",
+        "rows that llama.cpp quantized are decoded bit for bit as the gguf package does",
+    ),
+    "gguf package": (
+        "test_dequantize_equals_the_gguf_package",
+        "random blocks are decoded as the gguf package does",
+    ),
+    "packed": ("test_repacking_is_lossless", "stays packed, and its blocks are written again"),
+    "kernel": ("test_gguf_weights_stay_packed", "the Hopper kernel agrees (interpreter)"),
+}
+GGUF_MODEL_TESTS = {
+    "logits": (
+        "test_logits_are_those_of_llama_cpp",
+        (
+            "logits are within 1e-4 of those of the dequantized file, and with llama.cpp's 8-bit "
+            "activations and float16 attention emulated within 2e-2 of its own, most tokens to 2e-6"
+        ),
+    ),
+}
 EXPORT_TESTS = {
     "exact": (
         "test_an_export_reads_back_bit_for_bit",
@@ -58,20 +78,24 @@ EXPORT_TESTS = {
         "transformers loads the whole model, dequantized to the same weights",
     ),
 }
+# Test function -> what it proves, of tests without parameters.
+NAME_MAPS = {
+    "test_a_checkpoint_with_other_names": "safetensors: load, inspect, explain, export",
+    "test_unknown_architecture_and_name_map": "GGUF of an unknown architecture, with a config.json",
+}
 
 
 def outcomes(reports: list[Path]) -> dict[tuple[str, str], str]:
-    """(test function, parameter) -> "yes", "no" or "-" of every parametrized test."""
+    """(test function, parameter or "") -> "yes", "no" or "-"."""
     found: dict[tuple[str, str], str] = {}
     for report in reports:
         for case in ElementTree.parse(report).iter("testcase"):
-            name = re.fullmatch(r"(\w+)\[(.*)\]", case.get("name", ""))
-            if not name:
-                continue
+            function, _, rest = case.get("name", "").partition("[")
+            key = function, rest.removesuffix("]").removesuffix(".weight")
             bad = any(case.find(kind) is not None for kind in ("failure", "error"))
             verdict = "-" if case.find("skipped") is not None else "no" if bad else "yes"
-            if found.get(name.groups(), "-") == "-":
-                found[name.groups()] = verdict
+            if found.get(key, "-") == "-":
+                found[key] = verdict
     return found
 
 
@@ -90,6 +114,14 @@ def table(title: str, first: str, tests: dict[str, tuple[str, str]], found: dict
     return [*lines, ""]
 
 
+def facts(title: str, tests: dict[str, str], found: dict) -> list[str]:
+    """A Markdown section with a row for every test."""
+    lines = [f"## {title}", "", "| what | proven | by |", "|---|---|---|"]
+    for function, meaning in tests.items():
+        lines.append(f"| {meaning} | {found.get((function, ''), '-')} | `{function}` |")
+    return [*lines, ""]
+
+
 def main() -> None:
     """Read reports, write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -105,6 +137,9 @@ def main() -> None:
         "",
         *table("Checkpoints made by the peers' own tools", "checkpoint", CHECKPOINT_TESTS, found),
         *table("Formats", "case", FORMAT_TESTS, found),
+        *table("GGUF types", "type", GGUF_TYPE_TESTS, found),
+        *table("GGUF models that llama.cpp ran", "file", GGUF_MODEL_TESTS, found),
+        *facts("Name maps", NAME_MAPS, found),
         *table("Schemes", "scheme", SCHEME_TESTS, found),
         *table("Exports", "export", EXPORT_TESTS, found),
     ]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from jaxquant.arrays.qtensor import QTensor
@@ -20,7 +23,6 @@ from jaxquant.convert.save import is_saved
 from jaxquant.convert.saved_source import saved_source
 from jaxquant.convert.source import Item, open_source
 from jaxquant.errors import ConfigError
-from jaxquant.formats.bitsandbytes import BITSANDBYTES
 from jaxquant.models import build_model
 
 Names = NameMap | str | Path | None
@@ -37,7 +39,7 @@ class Entry:
         shape: logical shape.
         bits: bits per weight on disk.
         nbytes: bytes on disk.
-        scales: smallest and largest scale, None where there is none.
+        scales: smallest and largest scale, its levels multiplied; None where there is none.
         origin: checkpoint it comes from.
     """
 
@@ -100,19 +102,43 @@ def _bits(nbytes: int, shape: tuple[int, ...]) -> float:
     return 8 * nbytes / max(1, int(np.prod(shape, dtype=np.int64)))
 
 
-def _scale_range(arrays: Iterable[np.ndarray]) -> tuple[float, float] | None:
-    values = [np.asarray(a).astype(np.float32) for a in arrays if a.size]
-    if not values:
+def _scale_range(scales: np.ndarray | None) -> tuple[float, float] | None:
+    if scales is None or not scales.size:
         return None
-    return min(float(v.min()) for v in values), max(float(v.max()) for v in values)
+    values = scales.astype(np.float32)
+    return float(values.min()), float(values.max())
 
 
-def _scales(module: QuantizedModule) -> list[np.ndarray]:
-    """The scales of a module as they are stored."""
-    if module.format is BITSANDBYTES:
-        # Stored as largest magnitudes, and those may be codes themselves.
-        return list(module.load().scales)
-    return [t.read() for name, t in module.raw.items() if "scale" in name or name == "s"]
+# Scales of activations; and marks of scales that need more than a look at one tensor: bitsandbytes
+# stores largest magnitudes, which may be codes themselves, and HQQ may quantize its scales.
+_OF_ACTIVATIONS = ("input", "act", "pre_quant")
+_DERIVED = ("SCB", "weight.absmax", "quant_scale")
+
+
+def _product(scales: Iterable[np.ndarray]) -> np.ndarray | None:
+    levels = [scale.astype(np.float32) for scale in scales]
+    return functools.reduce(np.multiply, levels) if levels else None
+
+
+def module_scales(module: QuantizedModule) -> np.ndarray | None:
+    """What multiplies the codes of a module, all levels multiplied; None where nothing does.
+
+    The weight itself is read only where its scales have several levels, or another form on disk.
+    """
+    leaves = module.abstract().scales
+    stored = [
+        tensor
+        for name, tensor in module.raw.items()
+        if ("scale" in name or name == "s") and not any(word in name for word in _OF_ACTIVATIONS)
+    ]
+    if not leaves:
+        return None
+    plain = len(leaves) == len(stored) == 1 and not any(name in module.raw for name in _DERIVED)
+    if not plain or math.prod(stored[0].shape) != leaves[0].size:
+        return _product(module.load().scales)
+    scales = stored[0].read()
+    e8m0 = leaves[0].dtype == ml_dtypes.float8_e8m0fnu and scales.dtype == np.uint8
+    return scales.view(ml_dtypes.float8_e8m0fnu) if e8m0 else scales
 
 
 def _saved_entries(path: Path) -> list[Entry]:
@@ -120,7 +146,8 @@ def _saved_entries(path: Path) -> list[Entry]:
     entries = [
         _entry(name, item) for name, item in (*source.weights.items(), *source.arrays.items())
     ]
-    ranges = {name: _scale_range(item.load().scales) for name, item in source.weights.items()}
+    scales = {name: _product(item.load().scales) for name, item in source.weights.items()}
+    ranges = {name: _scale_range(value) for name, value in scales.items()}
     return [dataclasses.replace(entry, scales=ranges.get(entry.name)) for entry in entries]
 
 
@@ -129,7 +156,7 @@ def _directory_entries(path: Path, names: Names) -> list[Entry]:
     new = renamed(names, contents.modules, contents.tensors, str(path))
     entries = []
     for name, module in contents.modules.items():
-        scales = _scales(module)
+        scales = module_scales(module)
         label = f"{module.format.name} {module.layout}"
         bits = _bits(module.nbytes, module.shape)
         shown = new.modules.get(name, name)
@@ -150,10 +177,6 @@ def _gguf_entries(path: Path, names: Names) -> list[Entry]:
     file = open_gguf(path)
     new = rename(read_names(names), file.tensors, str(path))
 
-    def scales(name: str) -> list[np.ndarray]:
-        found = file.scales(name)
-        return [] if found is None else [found]
-
     return [
         Entry(
             new.get(name, name),
@@ -161,7 +184,7 @@ def _gguf_entries(path: Path, names: Names) -> list[Entry]:
             tensor.shape,
             _bits(tensor.nbytes, tensor.shape),
             tensor.nbytes,
-            _scale_range(scales(name)),
+            _scale_range(file.scales(name)),
             str(path),
         )
         for name, tensor in file.tensors.items()

@@ -32,7 +32,7 @@ from jaxquant.arrays.layout import WHOLE, Grid, Layout, dense_layout, packed_gri
 from jaxquant.arrays.qtensor import QTensor, dense
 from jaxquant.errors import FormatError
 from jaxquant.formats.gguf_blocks import BlockFormat, Parts
-from jaxquant.formats.gguf_codebook import CODEBOOK_TYPES, dequantize_codebook
+from jaxquant.formats.gguf_codebook import CODEBOOK_TYPES, codebook_scales, dequantize_codebook
 from jaxquant.formats.gguf_kquants import K_QUANTS
 from jaxquant.formats.gguf_legacy import LEGACY
 from jaxquant.formats.gguf_tables import TABLE_TYPES
@@ -248,7 +248,7 @@ def scales_of(
 
     Args:
         raw: uint8, all bytes of the tensor.
-        kind: its type; codebook types give None too.
+        kind: its type.
         shape: logical shape.
         where: file and tensor, for errors.
     Returns:
@@ -256,12 +256,18 @@ def scales_of(
     Raises:
         FormatError: scales are not finite.
     """
-    if kind.name not in BLOCK_FORMATS:
+    if kind.name not in (*BLOCK_FORMATS, *CODEBOOK_TYPES):
         return None
     inputs, rows = shape[-1], int(np.prod(shape[:-1], dtype=np.int64))
     found = []
     for chunk in _row_chunks(rows, inputs):
-        parts = BLOCK_FORMATS[kind.name].split(_blocks(raw, kind, chunk, inputs))
+        blocks = _blocks(raw, kind, chunk, inputs)
+        if kind.name in CODEBOOK_TYPES:
+            found.append(codebook_scales(blocks, kind))
+            if not np.isfinite(found[-1]).all():
+                raise FormatError(where, "scales that are not finite", "scales are numbers")
+            continue
+        parts = BLOCK_FORMATS[kind.name].split(blocks)
         check_finite(parts, where)
         fine = parts.scales[0].astype(np.float32)
         found.append(_product(parts.scales[1:], fine))
