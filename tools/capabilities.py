@@ -29,7 +29,7 @@ FORMAT_TESTS = {
     "round trip": ("test_encode_is_the_inverse_of_decode", "encode is the inverse of decode"),
     "structure": (
         "test_structure_commutes_with_dequantize",
-        "slicing, stacking and joining commute with dequantize",
+        "slicing, stacking and joining commute with dequantize; one case of each layout",
     ),
     "damage": ("test_one_changed_bit_is_seen", "a changed bit changes the value"),
 }
