@@ -37,7 +37,14 @@ from jaxquant.formats.base import (
     Spec,
     method_of,
 )
-from jaxquant.formats.ct_config import Arguments, Group, activation_spec, group_of, parse_groups
+from jaxquant.formats.ct_config import (
+    Arguments,
+    Group,
+    activation_spec,
+    group_of,
+    parse_groups,
+    written_by,
+)
 from jaxquant.formats.ct_packed import (
     PackedSpec,
     packed_decode,
@@ -121,14 +128,22 @@ def _spec(config: Mapping[str, Any], module: RawModule) -> Spec | None:
     if packed is None:
         return _scaled(module, group, group.weights)
     if packed.dtype not in ("U8", "I8"):
-        version = str(config.get("version") or "")
-        return packed_spec(module, group.weights, group.activations, version)
-    return _fp4(module, group)
+        return packed_spec(module, group.weights, group.activations, written_by(config))
+    return _fp4(module, group, written_by(config))
 
 
-def _fp4(module: RawModule, group: Group) -> Fp4Spec:
+def _fp4(module: RawModule, group: Group, version: tuple[int, int]) -> Fp4Spec:
     acts = group.activations
     nvfp4 = module.need("weight_scale").dtype == "F8_E4M3"
+    if not nvfp4 and (0, 0) < version < (0, 14):
+        file, (major, minor) = module.need("weight_packed").file, version
+        warnings.warn(
+            f"{file}: written by compressed-tensors {major}.{minor}, which "
+            "chose MXFP4 exponents by another rule than 0.14 and later; they are read as they are, "
+            "and codes may be saturated",
+            FormatWarning,
+            stacklevel=2,
+        )
     if module.get("weight_scale_2") is not None:
         raise module.error(
             "both weight_scale_2 and weight_global_scale" if nvfp4 else "weight_scale_2",

@@ -232,3 +232,10 @@ def activation_spec(args: Arguments | None) -> ActSpec | None:
     if args.strategy not in ("token", "tensor"):
         raise FormatError(_where("input_activations", "strategy"), args.strategy, "token or tensor")
     return ActSpec(code, args.strategy, bool(args.dynamic), args.symmetric, None, levels)
+
+
+def written_by(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Major and minor version of the package that wrote a checkpoint, (0, 0) where unknown."""
+    parts = str(config.get("version") or "").split(".")[:2]
+    major, minor = (*(int(part) for part in parts if part.isdecimal()), 0, 0)[:2]
+    return major, minor

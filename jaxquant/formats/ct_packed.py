@@ -116,7 +116,7 @@ def _logical(module: RawModule, bits: int, scale: RawTensor, group: int | None) 
     )
 
 
-def _arrangement(packed: RawTensor, bits: int, inputs: int, version: str) -> bool:
+def _arrangement(packed: RawTensor, bits: int, inputs: int, version: tuple[int, int]) -> bool:
     """Whether words are padded; both arrangements agree for widths that divide 32."""
     words = packed.shape[1]
     fits = {padded: words == _width(inputs, bits, padded) for padded in (False, True)}
@@ -127,13 +127,12 @@ def _arrangement(packed: RawTensor, bits: int, inputs: int, version: str) -> boo
             f"{_width(inputs, bits, True)} (padded)",
         )
     if all(fits.values()) and 32 % bits:
-        major, minor = (*(int(n) for n in version.split(".")[:2] if n.isdecimal()), 0, 0)[:2]
-        return (major, minor) < (0, 17)
+        return version < (0, 17)
     return not fits[False]
 
 
 def packed_spec(
-    module: RawModule, weights: Arguments, acts: Arguments | None, version: str
+    module: RawModule, weights: Arguments, acts: Arguments | None, version: tuple[int, int]
 ) -> PackedSpec:
     """Spec from the group's arguments and the module's headers and side tensors.
 

@@ -254,6 +254,7 @@ def test_catalogue_of_bad_modules(name, tmp_path):
 
 CONFIG_ERRORS = {
     "unknown method": ({"quant_method": "aqlm"}, "quant_method"),
+    "SmoothQuant of torch-int": ({"quant_method": "smoothquant"}, "quant_method"),
     "fmt contradicts dtype": (BLOCK.config | {"fmt": "e5m2"}, "fmt"),
     "block of one": (BLOCK.config | {"weight_block_size": [128]}, "weight_block_size"),
     "block of zero": (BLOCK.config | {"weight_block_size": [0, 128]}, "weight_block_size"),
@@ -404,6 +405,16 @@ def test_an_unquantized_weight_is_used_with_a_warning(tmp_path):
     with pytest.warns(FormatWarning, match="up_proj"):
         found = contents(tmp_path, arrays, TENSOR.config)
     assert found.modules["model.layers.0.mlp.up_proj"].format.name == "dense"
+
+
+def test_exponents_of_an_early_mxfp4_writer_are_reported(tmp_path):
+    case = CASES["ct-mxfp4"]
+    with pytest.warns(FormatWarning, match="another rule"):
+        old = contents(tmp_path / "old", named(case), case.config | {"version": "0.13.1"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        new = contents(tmp_path / "new", named(case), case.config | {"version": "0.19.0"})
+    np.testing.assert_array_equal(value(old.modules[DOWN]), value(new.modules[DOWN]))
 
 
 def test_ignored_and_quantized_is_a_contradiction(tmp_path):
