@@ -93,11 +93,15 @@ def launch(
     if into is None:
         result = kernel(*operands)
     else:
+        # XLA fuses a slice that a kernel reads, or an update that takes its result, into the call,
+        # and the fusion has an output of its own: the rows in `into` would be lost.  It does not
+        # look through a barrier.
+        operands, into = lax.optimization_barrier((operands, into))
         # A ref that a kernel writes is an operand aliased to an output.  The wrapper that would
         # map a kernel over a batch cannot be discharged of refs in jax 0.10: go around it.
         output = jax.new_ref(into)
         getattr(kernel, "fun")(*operands, output)  # noqa: B009 - of jax.custom_batching
-        result = jax.freeze(output)
+        result = lax.optimization_barrier(jax.freeze(output))
     # Under shard_map(check_vma=True) the kernel's output carries no sharding type of its own.
     axes = _varying_axes(operands)
     return jax.tree.map(lambda x: _as_varying(x, axes), result) if axes else result
