@@ -3,6 +3,8 @@
 Plain arrays in, plain arrays out; only jax and numpy are needed.
 """
 
+from pallas_kernels.gather import gather_rows as gather_rows
+from pallas_kernels.gather import gather_rows_refusal as gather_rows_refusal
 from pallas_kernels.grouped_a8 import GROUPED_A8_KERNELS as GROUPED_A8_KERNELS
 from pallas_kernels.grouped_a8 import grouped_a8_problem as grouped_a8_problem
 from pallas_kernels.grouped_a8 import grouped_matmul_a8 as grouped_matmul_a8

@@ -38,6 +38,7 @@ def quantize_problem(
     symmetric: bool = True,
     rms_weight: jax.Array | jax.ShapeDtypeStruct | None = None,
     gated: bool = False,
+    source: jax.Array | jax.ShapeDtypeStruct | None = None,
 ) -> Problem:
     """Return the problem that the operands of `quantize` form; only shapes and dtypes are read.
 
@@ -49,7 +50,9 @@ def quantize_problem(
         raise KernelError(f"dtype is {name}; it must be float8_e4m3fn or int8")
     if len(x.shape) != 2 or x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise KernelError(f"x is {x.dtype}{x.shape}; it must be a matrix of a float type")
-    m, k = x.shape[0], x.shape[1] // (2 if gated else 1)
+    m, k = x.shape[0] if source is None else source.size, x.shape[1] // (2 if gated else 1)
+    if source is not None and (len(source.shape) != 1 or source.dtype != jnp.int32):
+        raise KernelError(f"source is {source.dtype}{source.shape}; it must be [rows] int32")
     if gated and (rms_weight is not None or x.shape[1] % 2):
         raise KernelError(f"gated needs [M, 2K] and no rms_weight; x is {x.shape}")
     if rms_weight is not None and rms_weight.shape != (k,):
@@ -107,6 +110,7 @@ def quantize(
     rms_weight: jax.Array | None = None,
     rms_epsilon: float = 1e-6,
     gated: bool = False,
+    source: jax.Array | None = None,
     config: Config | None = None,
     interpret: bool = False,
 ) -> Quantized:
@@ -123,6 +127,8 @@ def quantize(
         rms_weight: [K] any float type; quantize RMSNorm(x) with this weight.
         rms_epsilon: added to the mean square.
         gated: quantize silu(x[:, :K]) * x[:, K:].
+        source: int32 [rows], the row of x that each row is made of; M is then their number, and
+            rows of a negative source are left undefined.
         config: tile sizes, to override the tuned ones.
         interpret: run under the GPU interpreter on the host (jax 0.11 and later).
 
@@ -143,12 +149,12 @@ def quantize(
         symmetric=symmetric,
         rms_weight=rms_weight,
         gated=gated,
+        source=source,
     )
     kernel, config = select(QUANTIZE_KERNELS, problem, config)
     extra = [rms_weight, *(a.reshape(1) for a in (scale, zero) if a is not None)]
-    codes, *made = kernel.fn(
-        problem, config, interpret, rms_epsilon, x, *(a for a in extra if a is not None)
-    )
+    extra = [a for a in extra if a is not None]
+    codes, *made = kernel.fn(problem, config, interpret, rms_epsilon, x, *extra, source=source)
     if layout == "tensor":
         assert scale is not None
         return Quantized(codes, scale, zero)

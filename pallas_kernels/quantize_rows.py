@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.launch import GRID, WARPGROUP, launch
 from pallas_kernels.problem import Config, Kernel, Problem, require_hopper
-from pallas_kernels.tiles import load, load_global, round_up, scale_rows, store_global
+from pallas_kernels.tiles import load, load_global, round_up, scale_rows, silu, store_global
 
 GROUP = 128
 # Largest code of each type, and the least amplitude taken for a row, so that zeros divide well.
@@ -108,12 +108,6 @@ def _layout(groups: int, widest: int) -> Any:
     return plgpu.Layout.TILED(fa.Tiling(tiling), warp_dims=warps, lane_dims=lanes, vector_dim=-1)
 
 
-def _silu(x: jax.Array) -> jax.Array:
-    """x / (1 + exp(-x)) by two approximations of the hardware; division takes ten times that."""
-    root = lax.rsqrt(1 + jnp.exp(-x))
-    return x * root * root
-
-
 def _encode(
     rows: jax.Array, scale: jax.Array, zero: jax.Array | None, problem: Problem
 ) -> jax.Array:
@@ -146,8 +140,12 @@ def _quantize_rows(
     epsilon: float,
     x: jax.Array,
     *extra: jax.Array,
+    source: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
-    """Run the kernel; `extra` holds the RMSNorm weight, then the static scale and zero point."""
+    """Run the kernel; `extra` holds the RMSNorm weight, then the static scale and zero point.
+
+    With `source`, row i is made of row `source[i]` of x, or not at all if that is negative.
+    """
     m, k, parts = problem.m, problem.k, config.parts
     groups, gated, rms = k // GROUP, problem.fused == "gated", problem.fused == "rms"
     share, warpgroups = groups // parts, config.warpgroups(problem)
@@ -157,14 +155,22 @@ def _quantize_rows(
     widest = max(a.dtype.itemsize for a in (x, *extra[:rms]))
     layout = _layout(share, widest)
 
-    def body(*refs, numbers: Any = None, arrived: Any = None):
-        x_gm, extra_gm, outputs = refs[0], refs[1 : 1 + len(extra)], refs[1 + len(extra) :]
+    def body(*refs, **scratch):
         warpgroup = lax.axis_index(WARPGROUP)
         if warpgroups > 1:
             row, mine = lax.axis_index(GRID), warpgroup
         else:
             row = lax.div(lax.axis_index(GRID), jnp.int32(parts))
             mine = lax.rem(lax.axis_index(GRID), jnp.int32(parts))
+        make = functools.partial(make_row, refs, warpgroup, row, mine, **scratch)
+        if source is None:
+            return make(row)
+        at = refs[1 + len(extra)][row]
+        pl.when(at >= 0)(lambda: make(at))
+
+    def make_row(refs, warpgroup, row, mine, at, numbers: Any = None, arrived: Any = None):
+        """Make this warpgroup's part of a row from row `at` of x."""
+        x_gm, extra_gm, outputs = refs[0], refs[1 : 1 + len(extra)], refs[-len(out) :]
 
         def over_row(values: list[tuple[jax.Array, Any]]) -> list[jax.Array]:
             """Reduce [share] numbers over the row, each list by its own function."""
@@ -180,13 +186,13 @@ def _quantize_rows(
             return [join(value) for value, join in values]
 
         raw = [
-            load_global(x_gm.at[row, pl.ds((i * parts + mine) * share, share)], layout)
+            load_global(x_gm.at[at, pl.ds((i * parts + mine) * share, share)], layout)
             for i in range(1 + gated)
         ]
         weight = load_global(extra_gm[0].at[mine], layout) if rms else None
         values = raw[0].astype(jnp.float32)
         if gated:
-            values = _silu(values) * raw[1].astype(jnp.float32)
+            values = silu(values) * raw[1].astype(jnp.float32)
         reductions: list[tuple[jax.Array, Any]] = []
         if weight is not None:
             # The norm is one factor of the row: scales take it over and codes do not see it.
@@ -243,8 +249,9 @@ def _quantize_rows(
         extra = (extra[0].reshape(parts, share, GROUP), *extra[1:])
     results = launch(
         body,
-        x.reshape(m, (1 + gated) * groups, GROUP),
+        x.reshape(-1, (1 + gated) * groups, GROUP),
         *extra,
+        *(() if source is None else (source,)),
         out=tuple(out),
         scratch=scratch,
         grid=m * parts // warpgroups,
