@@ -11,6 +11,9 @@ from pallas_kernels.grouped_a8 import grouped_matmul_a8 as grouped_matmul_a8
 from pallas_kernels.grouped_a16 import GROUPED_A16_KERNELS as GROUPED_A16_KERNELS
 from pallas_kernels.grouped_a16 import grouped_a16_problem as grouped_a16_problem
 from pallas_kernels.grouped_a16 import grouped_matmul_a16 as grouped_matmul_a16
+from pallas_kernels.grouped_dense import GROUPED_DENSE_KERNELS as GROUPED_DENSE_KERNELS
+from pallas_kernels.grouped_dense import grouped_dense_problem as grouped_dense_problem
+from pallas_kernels.grouped_dense import grouped_matmul_dense as grouped_matmul_dense
 from pallas_kernels.matmul_a8 import A8_KERNELS as A8_KERNELS
 from pallas_kernels.matmul_a8 import a8_problem as a8_problem
 from pallas_kernels.matmul_a8 import matmul_a8 as matmul_a8

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from pallas_kernels.a8_problem import common_refusal, epilogue_of, promotes, step_k
+from pallas_kernels.a8_problem import common_refusal, epilogue_of, promotes, step_bytes, step_k
 from pallas_kernels.problem import Config, Problem
 from pallas_kernels.tiles import SMEM_ALIGNMENT, SMEM_RESERVE, cdiv, round_up
 
@@ -53,7 +53,7 @@ class DecodeConfig(Config):
     def smem_bytes(self, problem: Problem) -> int:
         """Return the shared memory of a block, in bytes."""
         bn = CHANNELS * self.channels
-        ring = self.stages * (self.bm + bn) * step_k(problem) * self.atoms
+        ring = self.stages * (self.bm + bn) * step_bytes(problem) * self.atoms
         if problem.x_scale == "1x128":
             ring += round_up(self.stages * round_up(self.bm * 4, 128), SMEM_ALIGNMENT)
         width = self.bm // self.parts
@@ -194,7 +194,7 @@ class PrefillConfig(Config):
 
     def smem_bytes(self, problem: Problem) -> int:
         """Return the shared memory of a block, in bytes."""
-        ring = self.stages * (self.bm + self.bn) * step_k(problem)
+        ring = self.stages * (self.bm + self.bn) * step_bytes(problem)
         if problem.x_scale == "1x128":
             ring += round_up(self.stages * self.bm * 4, SMEM_ALIGNMENT)
         staging = self.warpgroups * self.staging * 64 * self.stage * 2
@@ -325,9 +325,9 @@ def grouped_decode_refuses(problem: Problem) -> str | None:
 
 
 def grouped_decode_default(problem: Problem) -> DecodeConfig:
-    """Return 128 channels a block and as many stages as fit."""
-    for channels in (2, 1):
-        if config := _fitted(problem, grouped_height(problem), 1, channels, 1, 1, 1):
+    """Return 128 channels a block, or for a token or so 64 and blocks enough to share evenly."""
+    for channels, occupancy in ((1, 3),) * (problem.m <= 8) + ((2, 1), (1, 1)):
+        if config := _fitted(problem, grouped_height(problem), 1, channels, 1, 1, occupancy):
             return config
     return DecodeConfig(8, 4, 1, 1, 1, 1)
 

@@ -333,7 +333,7 @@ def matmul(
         grid=grid,
         cluster=c.cluster,
         warpgroups=c.warpgroups + 1,
-        name="matmul_a8_prefill",
+        name=f"{problem.op}_prefill",
         interpret=interpret,
         into=into,
     )

@@ -1,4 +1,7 @@
-"""What the 8-bit matmul kernels share: reading a problem, operand order, common refusals."""
+"""What the 8-bit matmul kernels share: reading a problem, operand order, common refusals.
+
+Their bodies also multiply plain 16-bit experts, which have no scales (`grouped_dense`).
+"""
 
 from __future__ import annotations
 
@@ -27,17 +30,22 @@ def promotes(problem: Problem) -> bool:
 
 def step_k(problem: Problem) -> int:
     """Return the K extent of one step: a weight block, at most one 128-byte swizzle atom."""
-    block = w_block(problem)
-    step = 128 if problem.k % 128 == 0 else 64
+    block, atom = w_block(problem), 128 // jnp.dtype(problem.x_dtype).itemsize
+    step = atom if problem.k % atom == 0 else 64
     return min(step, block[1]) if block else step
+
+
+def step_bytes(problem: Problem) -> int:
+    """Return the bytes of one row of a step."""
+    return step_k(problem) * jnp.dtype(problem.x_dtype).itemsize
 
 
 def epilogue_of(problem: Problem, *, transposed: bool) -> Epilogue:
     """Return the epilogue: scales constant along K, zero points and bias."""
     terms = []
-    if problem.x_scale != "1x128":
+    if problem.x_scale in ("token", "tensor"):
         terms.append(Term("x_scale", "m" if problem.x_scale == "token" else "one", jnp.float32))
-    if w_block(problem) is None:
+    if problem.w_scale in ("channel", "tensor"):
         one = "expert" if problem.experts else "one"
         terms.append(Term("w_scale", "n" if problem.w_scale == "channel" else one, jnp.float32))
     if problem.zero:

@@ -62,6 +62,8 @@ class Groups:
         first: position of the weight's first expert among them.
         experts: experts of the weight.
         align: tiles begin in memory at the next multiple of it before their first row.
+        stacked: whether the weight is a stack of such weights, one for each layer; the layer's
+            number then follows the sizes.
     """
 
     rows: int
@@ -69,6 +71,7 @@ class Groups:
     first: int
     experts: int
     align: int = 1
+    stacked: bool = False
 
     def tiles(self, height: int) -> int:
         """Return the largest number of tiles of `height` rows that the weight's experts can fill.
@@ -79,12 +82,20 @@ class Groups:
         return filled + (self.rows + (self.align - 2) * filled) // height
 
     def finder(self, height: int, interpret: bool) -> Callable[[Any, jax.Array], Tile]:
-        """Return the function of the ref of the sizes and the number of a tile that finds it."""
+        """Return the function of the ref of the sizes and the number of a tile that finds it.
+
+        Its expert counts from the first of all layers.
+        """
         return _host_finder(self, height) if interpret else _device_finder(self, height)
 
     def counter(self, height: int, interpret: bool) -> Callable[[Any], jax.Array]:
         """Return the function of the ref of the sizes that counts the tiles that have rows."""
         return _host_counter(self, height) if interpret else _device_counter(self, height)
+
+
+def sizes_of_layer(group_sizes: jax.Array, layer: jax.Array | None) -> jax.Array:
+    """Return the sizes as kernels read them, followed by the layer if there is one."""
+    return group_sizes if layer is None else jnp.append(group_sizes, layer)
 
 
 def _host_layout(groups: Groups, height: int, sizes: jax.Array) -> tuple[jax.Array, ...]:
@@ -99,7 +110,9 @@ def _host_layout(groups: Groups, height: int, sizes: jax.Array) -> tuple[jax.Arr
 
 def _host_finder(groups: Groups, height: int) -> Callable[[Any, jax.Array], Tile]:
     def find(sizes_ref: Any, index: jax.Array) -> Tile:
-        sizes = sizes_ref[...]
+        sizes, before = sizes_ref[...][: groups.total], 0
+        if groups.stacked:
+            before = sizes_ref[...][groups.total] * groups.experts
         position, begin, tiles, skipped = _host_layout(groups, height, sizes)
         within = index - (jnp.cumsum(tiles) - tiles)
         hit = (within >= 0) & (within < tiles)
@@ -109,14 +122,15 @@ def _host_finder(groups: Groups, height: int) -> Callable[[Any, jax.Array], Tile
         def pick(values: jax.Array) -> jax.Array:
             return jnp.sum(jnp.where(hit, values, 0), dtype=jnp.int32)
 
-        return Tile(pick(position), pick(begin + start), pick(stop - start))
+        return Tile(pick(position) + before, pick(begin + start), pick(stop - start))
 
     return find
 
 
 def _host_counter(groups: Groups, height: int) -> Callable[[Any], jax.Array]:
     def count(sizes_ref: Any) -> jax.Array:
-        return jnp.sum(_host_layout(groups, height, sizes_ref[...])[2], dtype=jnp.int32)
+        sizes = sizes_ref[...][: groups.total]
+        return jnp.sum(_host_layout(groups, height, sizes)[2], dtype=jnp.int32)
 
     return count
 
@@ -142,13 +156,13 @@ class _Lanes:
         const = self.const
         self.lane = arith.remui(mgpu.thread_idx(), const(_LANES))
         self.first = arith.muli(self.lane, const(cdiv(groups.total, _LANES)))
-        base = mgpu.memref_ptr(sizes_ref)
+        self.base = mgpu.memref_ptr(sizes_ref)
         self.sizes = []
         for j in range(cdiv(groups.total, _LANES)):
             expert = arith.addi(self.first, const(j))
             inside = self.less(expert, const(groups.total))
-            source = mgpu.getelementptr(base, [arith.select(inside, expert, const(0))], self.i32)
-            self.sizes.append(arith.select(inside, llvm.load(self.i32, source), const(0)))
+            size = self.read(arith.select(inside, expert, const(0)))
+            self.sizes.append(arith.select(inside, size, const(0)))
         self.row, _ = self._before(self.sizes)
         self.tile, self.tiles = self._before([tiles for _, _, tiles, _ in self.experts()])
 
@@ -171,6 +185,10 @@ class _Lanes:
 
     def const(self, value: int) -> Any:
         return arith.constant(self.i32, ir.IntegerAttr.get(self.i32, value))
+
+    def read(self, index: Any) -> Any:
+        """Read a number from where the sizes lie."""
+        return llvm.load(self.i32, mgpu.getelementptr(self.base, [index], self.i32))
 
     def less(self, a: Any, b: Any) -> Any:
         return arith.cmpi(arith.CmpIPredicate.slt, a, b)
@@ -207,6 +225,7 @@ def _device_finder(groups: Groups, height: int) -> Callable[[Any, jax.Array], Ti
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR), return_type=(_INT,) * 3)
     def find(ctx: Any, sizes_ref: Any, index_array: Any) -> tuple[Any, ...]:
         lanes = _Lanes(groups, height, sizes_ref)
+        layer = lanes.read(lanes.const(groups.total)) if groups.stacked else lanes.const(0)
         less, zero, tall = lanes.less, lanes.const(0), lanes.const(height)
         index = index_array.registers.flat[0]
         tile = lanes.tile
@@ -226,7 +245,9 @@ def _device_finder(groups: Groups, height: int) -> Callable[[Any, jax.Array], Ti
         votes: Any = llvm.inline_asm(lanes.i32, [some], asm, "=r,r", has_side_effects=True)
         winner: Any = llvm.inline_asm(lanes.i32, [votes], "bfind.u32 $0, $1;", "=r,r")
         winner = arith.select(less(winner, zero), zero, winner)
-        return tuple(_splat(_shuffle("idx", value, winner)) for value in found)
+        expert, *rows = (_shuffle("idx", value, winner) for value in found)
+        expert = arith.addi(expert, arith.muli(layer, lanes.const(groups.experts)))
+        return tuple(map(_splat, (expert, *rows)))
 
     found: Any = find  # as in `_device_counter`
     return lambda sizes_ref, index: Tile(*found(sizes_ref, index))

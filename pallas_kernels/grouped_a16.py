@@ -14,7 +14,7 @@ from pallas_kernels.a16_configs import (
     fitting,
 )
 from pallas_kernels.epilogue import Epilogue, Term
-from pallas_kernels.group_tiles import Groups
+from pallas_kernels.group_tiles import Groups, sizes_of_layer
 from pallas_kernels.grouped_configs import (
     decode_candidates,
     decode_shapes,
@@ -114,6 +114,7 @@ def grouped_a16_problem(
     *,
     first: int = 0,
     into: Array | None = None,
+    layer: Array | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
 ) -> Problem:
     """Return the problem of the operands of `grouped_matmul_a16`; only types are read.
@@ -130,7 +131,9 @@ def grouped_a16_problem(
             raise KernelError(f"grouped_matmul_a16: {found}; {rule}")
 
     lead = weight.records.shape[:-3]
-    need(len(lead) == 1, f"the weight is stacked {lead}", "one leading axis of experts is needed")
+    axes = "an axis of experts" if layer is None else "axes of layers and experts"
+    need(len(lead) == 1 + (layer is not None), f"the weight is stacked {lead}", f"{axes} is needed")
+    experts = lead[-1]
     need(
         weight.record.operand == 16,
         f"the weight is packed for {weight.record.operand}-bit operands",
@@ -155,8 +158,8 @@ def grouped_a16_problem(
         "it must be int32, one number for each expert",
     )
     need(
-        first >= 0 and first + lead[0] <= sizes[0],
-        f"experts {first} to {first + lead[0]} of {sizes[0]} group sizes",
+        first >= 0 and first + experts <= sizes[0],
+        f"experts {first} to {first + experts} of {sizes[0]} group sizes",
         "every expert of the weight needs a size",
     )
     need(
@@ -166,7 +169,7 @@ def grouped_a16_problem(
     )
     return Problem(
         op="grouped_matmul_a16",
-        m=cdiv(x.shape[0] * lead[0], sizes[0]),
+        m=cdiv(x.shape[0] * experts, sizes[0]),
         n=weight.n,
         k=weight.k,
         x_dtype=x.dtype.name,
@@ -174,7 +177,7 @@ def grouped_a16_problem(
         out_dtype=out.name,
         w_scale=scale_name(weight.record, factor_name(weight)),
         zero=zero_name(weight.record),
-        experts=lead[0],
+        experts=experts,
         device=current_device(),
     )
 
@@ -187,6 +190,7 @@ def grouped_matmul_a16(
     *,
     first: int = 0,
     into: jax.Array | None = None,
+    layer: jax.Array | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
     config: Config | None = None,
     interpret: bool = False,
@@ -201,6 +205,8 @@ def grouped_matmul_a16(
         group_sizes: [total] int32, rows of each expert; they add up to at most `rows`.
         first: position of the weight's first expert among the group sizes.
         into: [rows, N] to write to; it is given up, and rows of no expert here keep their values.
+        layer: int32 scalar; with it the weight has an axis of layers before its experts, and this
+            layer is used where it lies, without a copy.
         out_dtype: bfloat16 or float16; None for the type of x.
         config: tile sizes, to override the chosen ones.
         interpret: run under the GPU interpreter on the host (jax 0.11 and later).
@@ -219,11 +225,13 @@ def grouped_matmul_a16(
         group_sizes,
         first=first,
         into=into,
+        layer=layer,
         out_dtype=out_dtype,
     )
     kernel, chosen = select(GROUPED_A16_KERNELS, problem, config)
-    groups = Groups(x.shape[0], group_sizes.shape[0], first, problem.experts)
-    records = weight.records.reshape(-1, *weight.records.shape[2:])
+    total, stacked = group_sizes.shape[0], layer is not None
+    groups = Groups(x.shape[0], total, first, problem.experts, stacked=stacked)
+    records = weight.records.reshape(-1, *weight.records.shape[-2:])
     out = kernel.fn(
         problem,
         chosen,
@@ -233,7 +241,7 @@ def grouped_matmul_a16(
         into,
         x,
         records,
-        group_sizes,
+        sizes_of_layer(group_sizes, layer),
         *(() if weight.factor is None else (weight.factor.reshape(-1),)),
     )
     assert isinstance(out, jax.Array)

@@ -20,7 +20,7 @@ from pallas_kernels.a8_configs import (
     grouped_prefill_refuses,
 )
 from pallas_kernels.a8_problem import operand_names
-from pallas_kernels.group_tiles import Groups
+from pallas_kernels.group_tiles import Groups, sizes_of_layer
 from pallas_kernels.matmul_a8 import a8_problem
 from pallas_kernels.problem import Config, Kernel, KernelError, Problem, select
 from pallas_kernels.tiles import cdiv, pad_columns, pad_rows
@@ -63,6 +63,7 @@ def grouped_a8_problem(
     w_block: tuple[int, int] | None = None,
     first: int = 0,
     into: jax.Array | jax.ShapeDtypeStruct | None = None,
+    layer: jax.Array | jax.ShapeDtypeStruct | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
 ) -> Problem:
     """Return the problem that the operands of `grouped_matmul_a8` form, from shapes and dtypes.
@@ -72,12 +73,14 @@ def grouped_a8_problem(
     Raises:
         KernelError: an operand has a shape or dtype that the contract excludes.
     """
-    if len(w.shape) != 3 or w_scale.shape[:1] != w.shape[:1]:
+    lead = ("layers, " if layer is not None else "") + "experts"
+    depth = 1 + (layer is not None)
+    if len(w.shape) != depth + 2 or w_scale.shape[:depth] != w.shape[:depth]:
         raise KernelError(
-            f"w is {w.shape}, w_scale is {w_scale.shape}; they must be [experts, N, K] and "
-            "[experts, ...]"
+            f"w is {w.shape}, w_scale is {w_scale.shape}; they must be [{lead}, N, K] and "
+            f"[{lead}, ...]"
         )
-    experts = w.shape[0]
+    experts, n = w.shape[depth - 1 : depth + 1]
     sizes = group_sizes.shape
     if len(sizes) != 1 or group_sizes.dtype != jnp.int32:
         raise KernelError(
@@ -89,12 +92,12 @@ def grouped_a8_problem(
             f"experts {first} to {first + experts} of {sizes[0]} group_sizes; every expert of w "
             "needs a size"
         )
-    out = (x_q.shape[0], w.shape[1])
+    out = (x_q.shape[0], n)
     if into is not None and (into.shape != out or into.dtype != out_dtype):
         raise KernelError(
             f"into is {into.dtype} {into.shape}; it must be {jnp.dtype(out_dtype).name} {out}"
         )
-    one = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (w, w_scale)]
+    one = [jax.ShapeDtypeStruct(x.shape[depth:], x.dtype) for x in (w, w_scale)]
     problem = a8_problem(x_q, x_scale, *one, w_block=w_block, out_dtype=out_dtype)
     m = cdiv(problem.m * experts, sizes[0])
     return dataclasses.replace(problem, op=OP, m=m, experts=experts)
@@ -113,6 +116,7 @@ def grouped_matmul_a8(
     w_block: tuple[int, int] | None = None,
     first: int = 0,
     into: jax.Array | None = None,
+    layer: jax.Array | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     config: Config | None = None,
     interpret: bool = False,
@@ -134,6 +138,8 @@ def grouped_matmul_a8(
             [experts, ceil(N / channels), ceil(K / k)].
         first: position of w's first expert among the group sizes.
         into: [rows, N] to write to; it is given up, and rows of no expert here keep their values.
+        layer: int32 scalar; with it the weight has an axis of layers before its experts, and this
+            layer is used where it lies, without a copy.
         out_dtype: bfloat16 or float16.
         config: tile sizes, to override the tuned ones.
         interpret: run under the GPU interpreter on the host (jax 0.11 and later).
@@ -155,6 +161,7 @@ def grouped_matmul_a8(
         w_block=w_block,
         first=first,
         into=into,
+        layer=layer,
         out_dtype=out_dtype,
     )
     kernel, config = select(GROUPED_A8_KERNELS, problem, config)
@@ -166,7 +173,7 @@ def grouped_matmul_a8(
         "w_blocks": w_scale.reshape(-1, w_scale.shape[-1]),
         "x_scale": x_scale.reshape(-1),
         "w_scale": w_scale.reshape(-1),
-        "group_sizes": group_sizes,
+        "group_sizes": sizes_of_layer(group_sizes, layer),
     }
     if problem.x_scale == "1x128":
         operands["x_groups"] = pad_columns(x_scale, 4)
@@ -175,6 +182,8 @@ def grouped_matmul_a8(
         config,
         interpret,
         *(operands[name] for name in operand_names(problem)),
-        groups=Groups(rows, group_sizes.shape[0], first, problem.experts, _ALIGN),
+        groups=Groups(
+            rows, group_sizes.shape[0], first, problem.experts, _ALIGN, layer is not None
+        ),
         into=into,
     )
