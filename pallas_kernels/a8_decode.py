@@ -123,18 +123,21 @@ def matmul(
                 return jnp.int32(1)
             sizes, columns, align = gmem["group_sizes"], n // bn, groups.align
             find = groups.finder(c.bm, interpret)
+            # To count the tiles costs a second search, which pays where most may be idle: after the
+            # last one with rows.
+            counted = tiles > 2 * grid
+            rows = groups.counter(c.bm, interpret)(sizes) if counted else row_tiles
 
-            @plgpu.nd_loop(
-                (groups.counter(c.bm, interpret)(sizes) * columns,),
-                collective_axes=GRID,
-                init_carry=jnp.int32(0),
-            )
+            @plgpu.nd_loop((rows * columns,), collective_axes=GRID, init_carry=jnp.int32(0))
             def count(info, carry):
                 (tile,) = info.index
                 at = find(sizes, lax.div(tile, jnp.int32(columns)))
                 n0 = lax.rem(tile, jnp.int32(columns)) * bn
-                use(at, at.start(align), n0, info.local_index)
-                return carry + 1
+                if counted:
+                    use(at, at.start(align), n0, info.local_index)
+                    return carry + 1
+                pl.when(at.rows > 0)(lambda: use(at, at.start(align), n0, info.local_index))
+                return carry + (at.rows > 0).astype(jnp.int32)
 
             return count
 
@@ -223,17 +226,19 @@ def matmul(
 
             def promote(i, total):
                 s = my_slot(i)
+                w_scale: Any = 1.0
+                if block:  # from global memory, which takes as long as the copies that follow
+                    channel = n0 + column * CHANNELS
+                    at_k = (first_step + i * c.split + share) * bk
+                    row = at.expert * block_rows + channel // block[0]
+                    w_scale = gmem["w_blocks"][row, at_k // block[1]]
                 plgpu.barrier_wait(full.at[s])
 
                 def one_step(acc):
                     plgpu.wgmma(acc, w_sm.at[s, my_rows], x_sm.at[s].T)
                     # The scales are read while the tensor cores work.
                     scale = load(groups_sm.at[s, pl.ds(0, c.bm)], COLUMN) if grouped else 1.0
-                    if block:
-                        channel = n0 + column * CHANNELS
-                        at_k = (first_step + i * c.split + share) * bk
-                        row = at.expert * block_rows + channel // block[0]
-                        scale = scale * gmem["w_blocks"][row, at_k // block[1]]
+                    scale = scale * w_scale
                     plgpu.wgmma_wait(0)
                     return acc[...], scale
 
@@ -349,7 +354,7 @@ def matmul(
         grid=grid,
         cluster=c.cluster,
         warpgroups=workers + 1,
-        name="matmul_a8_decode",
+        name=f"{problem.op}_decode",
         interpret=interpret,
         into=into,
     )
