@@ -118,5 +118,5 @@ class StackedBank:
         return self.stack.experts
 
     def cut(self) -> ExpertBank:
-        """The layer's own bank, a copy."""
+        """The layer's own bank, a copy: for types, or where copies do not matter."""
         return jax.tree.map(lambda leaf: leaf[self.layer], self.stack)

@@ -119,15 +119,6 @@ def sort_by_expert(position: jax.Array, experts: int) -> tuple[jax.Array, jax.Ar
     return lax.optimization_barrier((place, order, sizes))
 
 
-def _take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
-    """``x[index]``; 16-bit numbers are moved in pairs, which takes a GPU half the time."""
-    rows, width = x.shape
-    if x.dtype.itemsize != 2 or width % 2:
-        return x[index]
-    pairs = lax.bitcast_convert_type(x.reshape(rows, width // 2, 2), jnp.uint32)
-    return lax.bitcast_convert_type(pairs[index], x.dtype).reshape(index.shape[0], width)
-
-
 def _logits(x: jax.Array, weight: QTensor) -> jax.Array:
     """``x`` times the router's weight in float32."""
 
@@ -186,17 +177,21 @@ class Experts(nnx.Module):
         self.plan = plan
         self.hidden_act = hidden_act
 
-    def _gate_and_up(self, rows: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _rows(self, x: jax.Array, source: jax.Array, sizes: jax.Array) -> jax.Array:
+        """``[row, hidden]``: of each row its token's output of its expert, not yet weighted."""
+        down = self.down_proj.get_value()
         if self.gate_up_proj is not None:
-            both = ops.grouped_matmul(rows, self.gate_up_proj.get_value(), sizes)
+            both = ops.grouped_matmul(x, self.gate_up_proj.get_value(), sizes, source=source)
+            if self.hidden_act in ("silu", "swish"):
+                return ops.grouped_matmul(both, down, sizes, gated=True)
             gate, up = jnp.split(both, 2, axis=1)
-            return gate, up
-        assert self.gate_proj is not None and self.up_proj is not None
-        gate, up = (
-            ops.grouped_matmul(rows, bank.get_value(), sizes)
-            for bank in (self.gate_proj, self.up_proj)
-        )
-        return gate, up
+        else:
+            assert self.gate_proj is not None and self.up_proj is not None
+            gate, up = (
+                ops.grouped_matmul(x, bank.get_value(), sizes, source=source)
+                for bank in (self.gate_proj, self.up_proj)
+            )
+        return ops.grouped_matmul(activation(self.hidden_act, gate) * up, down, sizes)
 
     def __call__(self, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
         """Sum of each token's experts.
@@ -213,9 +208,7 @@ class Experts(nnx.Module):
         tokens, top_k = ids.shape
         position = jnp.asarray(self.plan.positions)[ids].reshape(-1)
         place, order, sizes = sort_by_expert(position, len(self.plan.order))
-        gate, up = self._gate_and_up(_take_rows(x, order // top_k), sizes)
-        inner = activation(self.hidden_act, gate) * up
-        outer = ops.grouped_matmul(inner, self.down_proj.get_value(), sizes)
+        outer = self._rows(x, order // top_k, sizes)
         # Back in the order of tokens by a gather: unlike a scatter-add, sums have one fixed order.
         outer = outer[place].reshape(tokens, top_k, outer.shape[-1]).astype(jnp.float32)
         return jnp.sum(outer * weights[:, :, None], axis=1).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Activation quantization as the checkpoint asks for it, in plain XLA ops."""
+"""What happens to activations before a matmul, in plain XLA ops: gates, and quantization."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from jax import lax
 
 from jaxquant.arrays.scheme import ActSpec
 from jaxquant.transforms.numeric import E2M1_THRESHOLDS, encode_values, power_of_two_scale
+
+
+def gate(x: jax.Array) -> jax.Array:
+    """``silu(gate) * up`` of ``[rows, 2 in]``, gate then up."""
+    first, second = jnp.split(x, 2, axis=1)
+    return jax.nn.silu(first) * second
 
 
 class Activated(Protocol):

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels as pk
+from jaxquant.arrays.bank import Run
 from jaxquant.arrays.qtensor import QTensor
-from jaxquant.ops.activations import quantize_activation
+from jaxquant.ops.activations import gate, quantize_activation
 from jaxquant.ops.kernels import (
     a8_activation,
     a8_refusal,
@@ -25,7 +26,9 @@ from jaxquant.ops.kernels import (
 )
 from jaxquant.ops.prepared import Prepared, refusal
 
-Run = Callable[[jax.Array, Any, jax.Array, int, jax.Array | None, bool], jax.Array]
+# From how many rows on a form of the activations is made only for the runs that read it: for fewer
+# rows, to find out which they are takes longer than to make all.
+SELECTIVE = 1024
 
 
 class GroupedCandidate(NamedTuple):
@@ -34,14 +37,84 @@ class GroupedCandidate(NamedTuple):
     Attributes:
         name: the op in ``pallas_kernels``.
         reason: why it does not take the problem, None when it does.
-        run: ``run(x, part, group_sizes, first, into, interpret)``: ``x`` ``[rows, in]``, sizes of
-            the whole bank, the run's first position in it, and the array that takes the run's rows
-            and keeps the others (None for any values there).
+        run: ``run(operand, part, first, into)``: the :class:`Operand`, the run's weight, its first
+            position in the bank, and the array that takes the run's rows and keeps the others (None
+            for any values there).
+        form: which form of the activations it reads, as :class:`Operand` tells them apart.
     """
 
     name: str
     reason: str | None
-    run: Run
+    run: Callable[[Operand, Any, int, jax.Array | None], jax.Array]
+    form: Any
+
+
+@dataclasses.dataclass
+class Operand:
+    """The activations of one grouped matmul, in the forms that kernels read, each made once.
+
+    Attributes:
+        x: ``[tokens, in]``; ``[tokens, 2 in]`` when ``gated``.
+        sizes: ``[experts]`` rows of each position of the bank.
+        source: int32 ``[rows]``, the row of ``x`` that each row is; None for the rows of ``x``.
+        gated: whether rows are ``silu(gate) * up`` of the halves of ``x``.
+        readers: form -> the runs that read it.
+        layer: int32, which layer's weights to use where they are stacks of all layers', else None.
+        interpret: run kernels under the GPU interpreter.
+    """
+
+    x: jax.Array
+    sizes: jax.Array
+    source: jax.Array | None
+    gated: bool
+    readers: dict[Any, list[Run]]
+    layer: jax.Array | None
+    interpret: bool
+    made: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the product."""
+        return (self.x if self.source is None else self.source).shape[0]
+
+    def _source_of(self, form: Any) -> jax.Array | None:
+        """``source``, negative for rows of runs that do not read this form."""
+        if len(self.readers) == 1 or self.rows < SELECTIVE:
+            return self.source
+        ends, row = jnp.cumsum(self.sizes), jnp.arange(self.rows, dtype=jnp.int32)
+        read = jnp.zeros(self.rows, bool)
+        for run in self.readers[form]:
+            first = ends[run.start] - self.sizes[run.start]
+            read |= (row >= first) & (row < ends[run.stop - 1])
+        return jnp.where(read, row if self.source is None else self.source, -1)
+
+    def own(self, leaf: jax.Array) -> jax.Array:
+        """A small leaf of the weight, ``[expert, ...]``."""
+        return leaf if self.layer is None else leaf[self.layer]
+
+    def plain(self) -> jax.Array:
+        """``[rows, in]`` in the type of ``x``."""
+        if None not in self.made:
+            source = self._source_of(None)
+            if source is not None and pk.gather_rows_refusal(self.x, gated=self.gated) is None:
+                made = pk.gather_rows(self.x, source, gated=self.gated, interpret=self.interpret)
+            else:
+                made = gate(self.x) if self.gated else self.x
+                made = made if self.source is None else made[self.source]
+            self.made[None] = made
+        return self.made[None]
+
+    def quantized(self, part: QTensor, form: Any) -> pk.Quantized:
+        """Codes and scales as ``part`` wants them, for kernels."""
+        if form not in self.made:
+            self.made[form] = quantize(
+                self.x,
+                part,
+                self.interpret,
+                gated=self.gated,
+                source=self._source_of(form),
+            )
+        return self.made[form]
 
 
 def grouped_candidates(
@@ -61,11 +134,15 @@ def grouped_candidates(
             lambda: pk.grouped_a16_problem(x, part.packed, sizes, first=first),
             pk.GROUPED_A16_KERNELS,
         )
-        return [GroupedCandidate("grouped_matmul_a16", reason, _run_a16)]
+        return [GroupedCandidate("grouped_matmul_a16", reason, _run_a16, None)]
     if part.act is not None:
-        return [GroupedCandidate("grouped_matmul_a8", _refused_a8(x, part, sizes, first), _run_a8)]
+        reason = _refused_a8(x, part, sizes, first)
+        return [GroupedCandidate("grouped_matmul_a8", reason, _run_a8, _form(part))]
+    if part.layout.dense:
+        reason = _refused_dense(x, part, sizes, first)
+        return [GroupedCandidate("grouped_matmul_dense", reason, _run_dense, None)]
     why_not = refusal(part) or "it is not in kernel order: jaxquant.prepare_model does that"
-    return [GroupedCandidate("grouped_matmul_a16", why_not, _run_a16)]
+    return [GroupedCandidate("grouped_matmul_a16", why_not, _run_a16, None)]
 
 
 def _expert_of_row(sizes: jax.Array, first: int, experts: int, rows: int) -> jax.Array:
@@ -74,21 +151,50 @@ def _expert_of_row(sizes: jax.Array, first: int, experts: int, rows: int) -> jax
     return jnp.clip(jnp.sum(passed, 1, dtype=jnp.int32) - first, 0, experts - 1)
 
 
-def _run_a16(
-    x: jax.Array,
-    part: Prepared,
-    sizes: jax.Array,
-    first: int,
-    into: jax.Array | None,
-    interpret: bool,
-) -> jax.Array:
+def _run_a16(operand: Operand, part: Prepared, first: int, into: jax.Array | None) -> jax.Array:
+    x = operand.plain()
     if part.pre_scale is not None or part.perm is not None:
-        expert = _expert_of_row(sizes, first, part.lead[0], x.shape[0])
+        experts = part.lead[-1]
+        expert = _expert_of_row(operand.sizes, first, experts, operand.rows)
         if part.pre_scale is not None:
-            x = x * part.pre_scale.reshape(part.lead[0], -1)[expert].astype(x.dtype)
+            scale = operand.own(part.pre_scale).reshape(experts, -1)
+            x = x * scale[expert].astype(x.dtype)
         if part.perm is not None:
-            x = jnp.take_along_axis(x, part.perm[expert], axis=1)
-    return pk.grouped_matmul_a16(x, part.packed, sizes, first=first, into=into, interpret=interpret)
+            x = jnp.take_along_axis(x, operand.own(part.perm)[expert], axis=1)
+    return pk.grouped_matmul_a16(
+        x,
+        part.packed,
+        operand.sizes,
+        first=first,
+        into=into,
+        layer=operand.layer,
+        interpret=operand.interpret,
+    )
+
+
+def _refused_dense(
+    x: jax.ShapeDtypeStruct, part: QTensor, sizes: jax.ShapeDtypeStruct, first: int
+) -> str | None:
+    if part.layout.axes != ("out", "in"):
+        return "axes are not ('out', 'in'): to_axes(q, ('out', 'in'))"
+    if part.perm is not None or part.pre_scale is not None:
+        return "act-order and pre-scales have no kernel beside plain weights"
+    weight = jax.ShapeDtypeStruct(part.data[0].shape, part.data[0].dtype)
+    return kernel_reason(
+        lambda: pk.grouped_dense_problem(x, weight, sizes, first=first), pk.GROUPED_DENSE_KERNELS
+    )
+
+
+def _run_dense(operand: Operand, part: QTensor, first: int, into: jax.Array | None) -> jax.Array:
+    return pk.grouped_matmul_dense(
+        operand.plain(),
+        part.data[0],
+        operand.sizes,
+        first=first,
+        into=into,
+        layer=operand.layer,
+        interpret=operand.interpret,
+    )
 
 
 def _refused_a8(
@@ -125,43 +231,44 @@ def _row_layout(part: QTensor) -> str:
     return "1x128" if layout == "1x128" else "token"
 
 
-def _quantize_rows(
-    x: jax.Array, part: QTensor, sizes: jax.Array, first: int, interpret: bool
-) -> tuple[jax.Array, jax.Array]:
-    """Codes and scales of all rows, those of other runs too, whose codes nobody reads."""
+def _form(part: QTensor) -> Any:
+    """What tells one form of quantized activations from another.
+
+    Static scales are the experts' own: their runs read the rows as they are.
+    """
+    return None if part.act_scale is not None else part.act
+
+
+def _static_codes(operand: Operand, part: QTensor, first: int) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales of all rows by the scale of each one's expert."""
     assert part.act is not None
-    if scale_layout(part) != "tensor":
-        quantized = quantize(x, part, interpret)
-        return quantized.codes, quantized.scale
-    expert = _expert_of_row(sizes, first, part.lead[0], x.shape[0])
+    expert = _expert_of_row(operand.sizes, first, part.lead[-1], operand.rows)
     bare = dataclasses.replace(part, data=(), scales=(), zeros=())
 
     def one(row: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
         made = quantize_activation(row, dataclasses.replace(bare, act_scale=scale))
         return made.codes, made.scale
 
-    codes, scale = jax.vmap(one)(x, part.act_scale.reshape(-1)[expert])
+    codes, scale = jax.vmap(one)(operand.plain(), operand.own(part.act_scale).reshape(-1)[expert])
     return codes.astype(part.act.code.storage), scale
 
 
-def _run_a8(
-    x: jax.Array,
-    part: QTensor,
-    sizes: jax.Array,
-    first: int,
-    into: jax.Array | None,
-    interpret: bool,
-) -> jax.Array:
-    codes, x_scale = _quantize_rows(x, part, sizes, first, interpret)
+def _run_a8(operand: Operand, part: QTensor, first: int, into: jax.Array | None) -> jax.Array:
+    form = _form(part)
+    if form is None:
+        codes, x_scale = _static_codes(operand, part, first)
+    else:
+        codes, x_scale, _ = operand.quantized(part, form)
     return pk.grouped_matmul_a8(
         codes,
         x_scale,
         part.data[0],
         part.scales[0].astype(jnp.float32),
-        sizes,
+        operand.sizes,
         first=first,
         into=into,
+        layer=operand.layer,
         w_block=w_block(part),
-        out_dtype=x.dtype,
-        interpret=interpret,
+        out_dtype=operand.x.dtype,
+        interpret=operand.interpret,
     )

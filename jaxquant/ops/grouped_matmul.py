@@ -7,8 +7,7 @@ import jax
 from jaxquant.arrays.bank import ExpertBank, StackedBank
 from jaxquant.errors import LayoutError
 from jaxquant.ops.backend import Backend, resolve
-from jaxquant.ops.grouped_xla import grouped_matmul_xla
-from jaxquant.ops.select import has_gpu, run_grouped_matmul
+from jaxquant.ops.select import run_grouped_matmul
 
 
 def grouped_matmul(
@@ -16,15 +15,20 @@ def grouped_matmul(
     bank: ExpertBank | StackedBank,
     group_sizes: jax.Array,
     *,
+    source: jax.Array | None = None,
+    gated: bool = False,
     backend: Backend | None = None,
 ) -> jax.Array:
     """Multiply each group of rows with its own expert.
 
     Args:
-        x: ``[rows, in]``, sorted by bank position.
+        x: ``[rows, in]``, sorted by bank position; ``[rows, 2 in]`` when ``gated``.
         bank: experts in bank order, each in its own layout; inside a loop over layers, the stack
             of all layers' banks and the layer.
         group_sizes: ``[experts]`` int32 rows per bank position; they add up to ``rows``.
+        source: int32 ``[rows]``, where ``x`` is not sorted: the row of ``x`` that each row is.  It
+            may occur several times; activations are quantized on the way, not before.
+        gated: multiply ``silu(gate) * up``, the first and second halves of each row of ``x``.
         backend: as for :func:`jaxquant.matmul`.
     Returns:
         ``[rows, out]`` in ``x.dtype``.
@@ -34,17 +38,13 @@ def grouped_matmul(
     """
     parts = bank.stack.parts if isinstance(bank, StackedBank) else bank.parts
     inn = parts[0].extent("in")
-    if x.ndim != 2 or x.shape[-1] != inn:
-        raise LayoutError("grouped_matmul", f"x of shape {x.shape}", f"[rows, {inn}] is needed")
+    width = inn * (2 if gated else 1)
+    if x.ndim != 2 or x.shape[-1] != width:
+        raise LayoutError("grouped_matmul", f"x of shape {x.shape}", f"[rows, {width}] is needed")
     if group_sizes.shape != (bank.experts,):
         raise LayoutError(
             "grouped_matmul",
             f"group_sizes of shape {group_sizes.shape}",
             f"one size for each of {bank.experts} experts",
         )
-    chosen = resolve(backend)
-    if isinstance(bank, StackedBank):
-        if chosen == "xla" or (chosen == "auto" and not has_gpu()):
-            return grouped_matmul_xla(x, bank, group_sizes)
-        bank = bank.cut()
-    return run_grouped_matmul(x, bank, group_sizes, chosen)
+    return run_grouped_matmul(x, bank, group_sizes, resolve(backend), source, gated)

@@ -16,6 +16,7 @@ from jax import lax
 
 from jaxquant.arrays.bank import ExpertBank, Run, StackedBank
 from jaxquant.arrays.qtensor import QTensor
+from jaxquant.ops.activations import gate
 from jaxquant.ops.matmul_xla import matmul_xla
 from jaxquant.ops.prepared import Prepared, unprepare
 from jaxquant.transforms.structure import index_lead, take_lead
@@ -72,6 +73,9 @@ def grouped_matmul_xla(
     x: jax.Array,
     bank: ExpertBank | StackedBank,
     group_sizes: jax.Array,
+    source: jax.Array | None = None,
+    *,
+    gated: bool = False,
     runs: Sequence[int] | None = None,
 ) -> jax.Array:
     """``[rows, in] x bank -> [rows, out]``; contract of ``jaxquant.grouped_matmul``.
@@ -80,8 +84,12 @@ def grouped_matmul_xla(
         x: ``[rows, in]``.
         bank: experts in bank order.
         group_sizes: ``[experts]`` int32.
+        source: ``[rows]`` int32, or None for the rows of ``x``.
+        gated: whether rows are ``silu(gate) * up``.
         runs: which runs to compute, all by default; rows of others are zero.
     """
+    x = gate(x) if gated else x
+    x = x if source is None else x[source]
     layer: tuple[jax.Array, ...] = ()
     if isinstance(bank, StackedBank):
         layer, bank = (bank.layer,), bank.stack

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pallas_kernels as pk
 from jaxquant.arrays.layout import WHOLE
 from jaxquant.arrays.qtensor import QTensor
-from jaxquant.ops.activations import quantize_activation
+from jaxquant.ops.activations import gate, quantize_activation
 from jaxquant.ops.prepared import Prepared, refusal
 
 GROUP = 128
@@ -107,8 +107,24 @@ def scale_layout(q: QTensor | Prepared) -> str | None:
     return "1x128" if whole and act.dynamic else None
 
 
-def quantize(x: jax.Array, q: QTensor | Prepared, interpret: bool) -> pk.Quantized:
-    """Codes and scales in the kernels' form, by a kernel where one makes the same codes."""
+def quantize(
+    x: jax.Array,
+    q: QTensor | Prepared,
+    interpret: bool,
+    *,
+    gated: bool = False,
+    source: jax.Array | None = None,
+) -> pk.Quantized:
+    """Codes and scales in the kernels' form, by a kernel where one makes the same codes.
+
+    Args:
+        x: ``[tokens, in]``; ``[tokens, 2 in]`` when ``gated``.
+        q: the weight that says how.
+        interpret: run the kernel under the GPU interpreter.
+        gated: quantize ``silu(gate) * up``, the halves of each row of ``x``.
+        source: int32 ``[rows]``, the row of ``x`` that each row is made of; rows of a negative one
+            have no defined values.
+    """
     act, layout = q.act, scale_layout(q)
     assert act is not None and layout is not None
     scale = None if q.act_scale is None else q.act_scale.astype(jnp.float32).reshape(1, 1)
@@ -116,14 +132,21 @@ def quantize(x: jax.Array, q: QTensor | Prepared, interpret: bool) -> pk.Quantiz
     options: dict[str, Any] = {"dtype": act.code.storage, "layout": layout}
     options |= {"scale": scale, "zero": zero} if layout == "tensor" else {}
     options |= {} if layout == "tensor" else {"symmetric": act.symmetric}
+    options |= {"gated": gated, "source": source}
     same_levels = layout == "tensor" or not act.symmetric or act.levels == act.code.max
     reason = kernel_reason(lambda: pk.quantize_problem(x, **options), pk.QUANTIZE_KERNELS)
     if same_levels and reason is None:
         return pk.quantize(x, **options, interpret=interpret)
-    made = quantize_activation(x, q)
+    made = quantize_activation(gate(x) if gated else x, q)
     codes = made.codes.astype(act.code.storage)
+    scales = made.scale.T if made.group else made.scale
     zeros = None if made.zero is None else made.zero.astype(jnp.int32)
-    return pk.Quantized(codes, made.scale.T if made.group else made.scale, zeros)
+    if source is None:
+        return pk.Quantized(codes, scales, zeros)
+    of_row = 1 if made.group else 0
+    scales = scales if scales.shape[of_row] == 1 else jnp.take(scales, source, of_row, mode="clip")
+    zeros = zeros if zeros is None or len(zeros) == 1 else jnp.take(zeros, source, 0, mode="clip")
+    return pk.Quantized(jnp.take(codes, source, 0, mode="clip"), scales, zeros)
 
 
 def a8_refusal(q: QTensor) -> str | None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 import pallas_kernels as pk
-from jaxquant.arrays.bank import ExpertBank
+from jaxquant.arrays.bank import ExpertBank, Run, StackedBank
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.errors import KernelError
 from jaxquant.ops.backend import Backend
-from jaxquant.ops.grouped_kernels import GroupedCandidate, grouped_candidates
+from jaxquant.ops.grouped_kernels import GroupedCandidate, Operand, grouped_candidates
 from jaxquant.ops.grouped_xla import grouped_matmul_xla
 from jaxquant.ops.kernels import Candidate, candidates
 from jaxquant.ops.matmul_xla import matmul_xla
@@ -76,8 +76,6 @@ def _explain(taken: Candidate | GroupedCandidate | None, reasons: Reasons) -> Ch
 
 def explain_grouped(part: QTensor | Prepared, rows: int) -> Choice:
     """What ``grouped_matmul`` of ``rows`` bfloat16 rows with one run of a bank runs."""
-    if _dense(part):
-        return Choice("xla", ())
     x = jax.ShapeDtypeStruct((rows, part.extent("in")), jnp.bfloat16)
     return _explain(*_first(grouped_candidates(x, part, part.lead[0])))
 
@@ -112,61 +110,63 @@ def _rows_of(
 
 
 def run_grouped_matmul(
-    x: jax.Array, bank: ExpertBank, group_sizes: jax.Array, backend: Backend
+    x: jax.Array,
+    bank: ExpertBank | StackedBank,
+    group_sizes: jax.Array,
+    backend: Backend,
+    source: jax.Array | None = None,
+    gated: bool = False,
 ) -> jax.Array:
     """Run ``grouped_matmul`` on a resolved backend: each run by its kernel, or by XLA.
 
-    Dense runs need no kernel of ours, also where kernels were asked for.
+    Dense runs that no kernel takes are left to XLA also where kernels were asked for.
     """
     strict = backend in ("pallas", "interpret")
+    slow = functools.partial(grouped_matmul_xla, gated=gated)
     if backend == "xla" or not (strict or has_gpu()):
-        return grouped_matmul_xla(x, bank, group_sizes)
-    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return slow(x, bank, group_sizes, source)
+    rows = (x if source is None else source).shape[0]
+    one = jax.eval_shape(StackedBank.cut, bank) if isinstance(bank, StackedBank) else bank
+    shape = jax.ShapeDtypeStruct((rows, one.parts[0].extent("in")), x.dtype)
     taken: list[GroupedCandidate | None] = []
     refused: list[tuple[str, str]] = []
-    for part, run in zip(bank.parts, bank.runs, strict=True):
-        found = [] if _dense(part) else grouped_candidates(shape, part, bank.experts, run.start)
-        candidate, reasons = _first(found)
+    for part, run in zip(one.parts, one.runs, strict=True):
+        candidate, reasons = _first(grouped_candidates(shape, part, one.experts, run.start))
         taken.append(candidate)
-        if candidate is None:
+        if candidate is None and not _dense(part):
             refused += [(f"{name} [{run.start}:{run.stop}]", reason) for name, reason in reasons]
     if strict and refused:
         raise KernelError("grouped_matmul", tuple(refused), 'use backend="auto" for the XLA path')
     if not any(taken):
-        return grouped_matmul_xla(x, bank, group_sizes)
-    kernels = functools.partial(_each_run, taken)
+        return slow(x, bank, group_sizes, source)
+    kernels = functools.partial(_each_run, taken, gated)
     if backend == "auto":
-        return lax.platform_dependent(
-            x, bank, group_sizes, cuda=kernels, default=grouped_matmul_xla
-        )
-    return kernels(x, bank, group_sizes, interpret=backend == "interpret")
+        return lax.platform_dependent(x, bank, group_sizes, source, cuda=kernels, default=slow)
+    return kernels(x, bank, group_sizes, source, interpret=backend == "interpret")
 
 
 def _each_run(
     taken: Sequence[GroupedCandidate | None],
+    gated: bool,
     x: jax.Array,
-    bank: ExpertBank,
+    bank: ExpertBank | StackedBank,
     group_sizes: jax.Array,
+    source: jax.Array | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Let every run with a kernel write its rows into one array, then merge those that XLA made.
-
-    A kernel writes only into an array that another kernel made.  Into the result of XLA's loop the
-    rows of the first kernel were lost on a GPU, for a reason that was not found.
-    """
+    """Let every run write its rows into one array: those of XLA first, which start from zeros."""
+    slow = [i for i, candidate in enumerate(taken) if candidate is None]
     y = None
+    if slow:
+        y = grouped_matmul_xla(x, bank, group_sizes, source, gated=gated, runs=slow)
+    layer, bank = (bank.layer, bank.stack) if isinstance(bank, StackedBank) else (None, bank)
+    readers: dict[Any, list[Run]] = {}
+    for candidate, run in zip(taken, bank.runs, strict=True):
+        if candidate is not None:
+            readers.setdefault(candidate.form, []).append(run)
+    operand = Operand(x, group_sizes, source, gated, readers, layer, interpret)
     for candidate, part, run in zip(taken, bank.parts, bank.runs, strict=True):
         if candidate is not None:
-            y = candidate.run(x, part, group_sizes, run.start, y, interpret)
+            y = candidate.run(operand, part, run.start, y)
     assert y is not None
-    slow = [i for i, candidate in enumerate(taken) if candidate is None]
-    if not slow:
-        return y
-    plain = grouped_matmul_xla(x, bank, group_sizes, slow)
-    ends = jnp.cumsum(group_sizes)
-    row = jnp.arange(x.shape[0])
-    made = jnp.zeros(x.shape[0], bool)
-    for run in (bank.runs[i] for i in slow):
-        first = ends[run.start] - group_sizes[run.start]
-        made |= (row >= first) & (row < ends[run.stop - 1])
-    return jnp.where(made[:, None], plain, y)
+    return y

@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 import jaxquant as jq
+import pallas_kernels as pk
+from jaxquant.arrays.bank import StackedBank
 from jaxquant.nn.moe import Experts
 from jaxquant.nn.prepare import prepare_model
 from jaxquant.ops.prepared_bank import prepare_bank
@@ -17,13 +20,25 @@ from tests.ops.test_grouped_kernels import MIXED, bank_of, weight
 
 pytestmark = pytest.mark.gpu
 OUT, IN = 256, 512
-UNIFORM = ("w4a16_g128", "w4a16_g64_asym", "w8a16", "fp8a16", "fp8", "fp8_b128", "w8a8", "static")
+UNIFORM = (
+    "w4a16_g128",
+    "w4a16_g64_asym",
+    "w8a16",
+    "fp8a16",
+    "fp8",
+    "fp8_b128",
+    "w8a8",
+    "static",
+    "bf16",
+)
 
 
 @pytest.mark.parametrize("kinds", [MIXED, *((kind,) * 8 for kind in UNIFORM)], ids=str)
 def test_banks_on_the_device(kinds):
     bank = bank_of(kinds, (OUT, IN))
     packed = prepare_bank(bank)
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf[::-1], leaf]), packed)
+    stacked = StackedBank(stack, jnp.int32(1))
     calls = {
         name: jax.jit(functools.partial(jq.grouped_matmul, backend=name))
         for name in ("xla", "pallas", "auto")
@@ -44,6 +59,7 @@ def test_banks_on_the_device(kinds):
             row = np.linalg.norm(got - expected, axis=1) / np.linalg.norm(expected, axis=1)
             assert row.max() < 0.04
             np.testing.assert_array_equal(run("auto", packed, sizes), got)
+            np.testing.assert_array_equal(run("pallas", stacked, sizes), got)
             if count > 1 and sizes.max() < count:
                 wrong = run("pallas", packed, jnp.roll(sizes, 1))
                 assert oracle.relative(wrong, expected) > 0.1
@@ -71,3 +87,44 @@ def test_a_mixed_layer_on_the_device(tokens):
     with jq.backend("xla"):
         wrong = call(experts, x, (ids + 1) % 8, weights)
     assert oracle.relative(wrong.astype(jnp.float32), expected.astype(jnp.float32)) > 0.1
+
+
+def test_rows_survive_what_xla_does_to_slices():
+    """XLA fuses slices that a call reads into it; the rows of the array it takes over must stay."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((50, IN)), jnp.bfloat16)
+    stack = jnp.asarray(rng.standard_normal((3, 4, OUT, IN)), jnp.bfloat16)
+    sizes = jnp.asarray((5, 0, 9, 11, 3, 7, 8, 7), jnp.int32)
+    matmul = pk.grouped_matmul_dense
+
+    def looped(x, stack, sizes):
+        """Into a slice of a loop's result."""
+
+        def body(i, rows):
+            return lax.dynamic_update_slice_in_dim(rows, jnp.full((8, OUT), i, x.dtype), 3 * i, 0)
+
+        made = lax.fori_loop(1, sizes[0], body, jnp.zeros((58, OUT), x.dtype))
+        return matmul(x, stack[0], sizes, first=4, into=made[:50])
+
+    def scanned(x, stack, sizes):
+        """Of weights that a loop cuts out of a stack."""
+
+        def body(total, w):
+            y = matmul(x, w[:2], sizes, first=0)
+            y = matmul(x, w[2:], sizes, first=2, into=y)
+            return total + matmul(x, w, sizes, first=4, into=y), None
+
+        return lax.scan(body, jnp.zeros((50, OUT), x.dtype), stack)[0]
+
+    def plain(w):
+        owner = np.repeat(np.arange(8) % 4, np.asarray(sizes))
+        return np.einsum("rk,rnk->rn", np.asarray(x, np.float64), np.asarray(w, np.float64)[owner])
+
+    made = np.zeros((50, OUT))
+    for i in range(1, 5):
+        made[3 * i : 3 * i + 8] = i
+    made[25:] = plain(stack[0])[25:]
+    for call, expected in ((looped, made), (scanned, sum(map(plain, stack)))):
+        got = np.asarray(jax.jit(call)(x, stack, sizes), np.float64)
+        row = np.linalg.norm(got - expected, axis=1) / np.linalg.norm(expected + 1e-9, axis=1)
+        assert row.max() < 0.02, (call.__name__, np.flatnonzero(row > 0.02))

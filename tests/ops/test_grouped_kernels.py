@@ -4,6 +4,7 @@ The kernels are tested in tests/pallas_kernels; here it is what joins them to a 
 """
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
+from jaxquant.arrays.bank import StackedBank
 from jaxquant.arrays.codes import CODES
 from jaxquant.arrays.scheme import ActSpec
 from jaxquant.errors import KernelError
@@ -64,16 +66,37 @@ def test_each_run_of_a_mixed_bank_takes_its_own_way():
     packed = prepare_bank(bank)
     assert sum(isinstance(part, Prepared) for part in packed.parts) == 3
     sizes = jnp.asarray((3, 0, 4, 2, 1, 5, 2, 6), jnp.int32)
-    x = rows(23)
-    expected = jq.grouped_matmul(x, bank, sizes, backend="xla").astype(jnp.float32)
-    got = jq.grouped_matmul(x, packed, sizes, backend="interpret").astype(jnp.float32)
-    assert oracle.relative(got, expected) < 4e-3
+    # Rows that are gathered and gated on the way.
+    tokens = jnp.concatenate([rows(9), rows(9)[::-1]], 1)
+    source = jnp.asarray(np.arange(23) * 5 % 9, jnp.int32)
+    by_xla = functools.partial(jq.grouped_matmul, backend="xla")
+    expected = by_xla(tokens, bank, sizes, source=source, gated=True).astype(jnp.float32)
+    gated = (jax.nn.silu(tokens[:, :IN]) * tokens[:, IN:])[source]
+    np.testing.assert_array_equal(by_xla(gated, bank, sizes).astype(jnp.float32), expected)
+    got = jq.grouped_matmul(
+        tokens, packed, sizes, source=source, gated=True, backend="interpret"
+    ).astype(jnp.float32)
+    assert oracle.relative(got, expected) < 8e-3
     for start in range(0, 23, 4):  # no run is small beside the others' sum
         part = slice(start, start + 4)
-        assert oracle.relative(got[part], expected[part]) < 8e-3
-    # Negative control: a row of one run given to the next.
+        assert oracle.relative(got[part], expected[part]) < 1.2e-2
+    # Negative controls: a row of one run given to the next, and the rows of other tokens.
     wrong = jnp.asarray((2, 1, 4, 2, 1, 5, 2, 6), jnp.int32)
-    assert oracle.relative(jq.grouped_matmul(x, bank, wrong, backend="xla"), expected) > 0.05
+    assert oracle.relative(by_xla(gated, bank, wrong), expected) > 0.05
+    assert oracle.relative(by_xla(gated[::-1], bank, sizes), expected) > 0.05
+
+
+@pytest.mark.interpret
+def test_a_layer_of_a_stack_is_read_where_it_lies():
+    kinds = ("w4a16_g128", "fp8", "act-order", "bf16")
+    banks = [prepare_bank(bank_of(kinds, seed=seed)) for seed in (0, 50)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *banks)
+    sizes, x = jnp.asarray((2, 0, 3, 4), jnp.int32), rows(9)
+    expected = [jq.grouped_matmul(x, bank, sizes, backend="xla") for bank in banks]
+    stacked = StackedBank(stack, jnp.int32(1))
+    got = jq.grouped_matmul(x, stacked, sizes, backend="interpret").astype(jnp.float32)
+    assert oracle.relative(got, expected[1].astype(jnp.float32)) < 4e-3
+    assert oracle.relative(got, expected[0].astype(jnp.float32)) > 0.5, "another layer's"
 
 
 def test_prepared_banks_compute_the_same_and_come_back():
@@ -146,7 +169,7 @@ def test_a_layer_lowers_to_kernels_alone(monkeypatch):
     traced = jax.jit(layer).trace(experts, rows(16), ids, weights)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"custom_call @(\w+)", text)
-    assert calls == ["mosaic_gpu_v2"] * 6, "two projections of three runs"
+    assert calls == ["mosaic_gpu_v2"] * 7, "a gather, and two projections of three runs"
     assert "stablehlo.while" not in text
     plain = unprepare_model(experts)
     for name, bank in zip(PROJECTIONS, banks, strict=True):
