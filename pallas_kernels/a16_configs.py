@@ -106,6 +106,7 @@ def few_tokens(problem: Problem) -> Iterator[dict[str, int]]:
     shapes = [
         dict(kw=kw, cs=cs, slots=slots, records=records)
         for kw, cs, slots, records in (
+            (1, 1, 2, 1),
             (1, 2, 2, 2),
             (1, 2, 2, 1),
             (2, 1, 2, 1),
@@ -114,11 +115,13 @@ def few_tokens(problem: Problem) -> Iterator[dict[str, int]]:
             (2, 2, 2, 2),
             (3, 1, 2, 2),
             (3, 2, 2, 2),
+            (3, 2, 4, 1),
             (4, 1, 2, 1),
             (4, 1, 2, 2),
             (4, 1, 3, 2),
             (4, 2, 2, 1),
             (4, 2, 2, 2),
+            (4, 2, 3, 2),
             (5, 1, 2, 1),
             (5, 1, 2, 2),
         )
@@ -128,6 +131,7 @@ def few_tokens(problem: Problem) -> Iterator[dict[str, int]]:
         for nw, cs, records, ring, lag in (
             (4, 1, 1, 8, 1),
             (4, 1, 2, 3, 0),
+            (4, 1, 2, 4, 1),
             (4, 1, 2, 8, 1),
             (7, 2, 1, 16, 0),
             (7, 2, 2, 8, 0),
@@ -146,6 +150,9 @@ def many_tokens(problem: Problem) -> Iterator[dict[str, int]]:
     m = problem.m
     small = [dict(bm=64, nw=4, slots=slots, ring=ring, lag=1) for slots, ring in ((2, 8), (4, 4))]
     small += [
+        dict(bm=64, nw=4, ring=4, lag=0),
+        dict(bm=64, kw=2, records=2, lag=0),
+        dict(bm=64, kw=2, cs=2, records=2, lag=0),
         dict(bm=64, kw=4, ring=2, lag=0),
         dict(bm=64, kw=2, cs=2, ring=4, lag=1),
         dict(bm=64, nw=2, kw=2, ring=2, lag=0),

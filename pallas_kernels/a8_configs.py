@@ -126,11 +126,13 @@ def decode_candidates(problem: Problem) -> Iterator[DecodeConfig]:
     bm = _tile_tokens(problem.m)
     if problem.m <= 32:
         shapes = (
+            (1, 1, 1, 1),
             (1, 2, 1, 1),
             (1, 2, 2, 1),
             (1, 2, 1, 2),
             (1, 2, 2, 2),
             (2, 1, 1, 2),
+            (4, 1, 1, 1),
             (1, 1, 1, 4),
         )
     else:
@@ -138,6 +140,7 @@ def decode_candidates(problem: Problem) -> Iterator[DecodeConfig]:
             (1, 2, 1, 1),
             (1, 2, 2, 1),
             (1, 2, 1, 2),
+            (1, 1, 2, 1),
             (1, 1, 2, 2),
             (2, 1, 1, 1),
             (2, 1, 2, 1),
@@ -151,7 +154,7 @@ def decode_candidates(problem: Problem) -> Iterator[DecodeConfig]:
             (4, 1, 4, 1),
         )
     for channels, split, cluster, occupancy in shapes:
-        for atoms in (1, 2) if problem.m <= 64 and not promotes(problem) else (1,):
+        for atoms in (1,) if promotes(problem) else (1, 2) if problem.m > 32 else (1, 2, 4):
             config = _fitted(problem, bm, atoms, channels, split, cluster, occupancy)
             if config:
                 yield config
@@ -261,27 +264,26 @@ def _most_stages(problem: Problem, bm: int, bn: int, warpgroups: int, **rest) ->
     return PrefillConfig(bm, bn, 2, warpgroups, **rest)
 
 
-def _even_widths(problem: Problem, bm: int, count: int) -> list[int]:
-    """Return the widths of tiles, up to 128, that leave least of the last wave of blocks idle."""
+def _even_widths(problem: Problem, bm: int, count: int, widest: int = 128) -> list[int]:
+    """Return the widths of tiles that leave least of the last wave of blocks idle."""
 
     def busy(bn: int) -> float:
         tiles = cdiv(problem.m, bm) * cdiv(problem.n, bn)
         return problem.n / (cdiv(tiles, problem.device.sms) * bn)
 
-    widths = range(32, min(problem.n, 128) + 1, 16)
+    widths = range(32, min(problem.n, widest) + 1, 16)
     return sorted(widths, key=busy, reverse=True)[:count]
 
 
 def prefill_candidates(problem: Problem) -> Iterator[PrefillConfig]:
     """Yield the configs worth measuring: wide tiles for many tokens, narrow ones for few."""
-    if problem.m <= 128:
-        unroll = 4 if promotes(problem) else 1
-        for bm, count in ((64, 3), (128, 2)):
-            for bn in _even_widths(problem, bm, count):
-                for cluster in (1, 2):
-                    config = _most_stages(
-                        problem, bm, bn, bm // 64, unroll=unroll, cluster=cluster, group=8
-                    )
+    if problem.m <= 512:
+        for bm, count in ((64, 3), (128, 2)) if problem.m <= 128 else ((128, 3),):
+            for bn in _even_widths(problem, bm, count, 128 if problem.m <= 64 else 256):
+                unroll = 4 if promotes(problem) and bn <= 128 else 1
+                for cluster, staging in ((1, 1), (2, 1), (1, 2)):
+                    rest = dict(unroll=unroll, cluster=cluster, group=8, staging=staging)
+                    config = _most_stages(problem, bm, bn, bm // 64, **rest)
                     if config.refuses(problem) is None:
                         yield config
     if promotes(problem):

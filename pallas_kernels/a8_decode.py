@@ -177,15 +177,14 @@ def matmul(
                         {"m": c.bm, "n": bn},
                     )
 
-                if epilogue.vectors and not groups:
-                    fetch()
                 lax.fori_loop(0, steps, step, jnp.int32(0))
                 # Last, so that one buffer is enough: the previous tile is long finished by now.
-                if epilogue.vectors and groups:
+                if epilogue.vectors:
+                    if groups:
 
-                    @pl.when(before > 0)
-                    def _():
-                        plgpu.barrier_wait(tile_empty)
+                        @pl.when(before > 0)
+                        def _():
+                            plgpu.barrier_wait(tile_empty)
 
                     fetch()
 

@@ -193,25 +193,27 @@ def require_hopper(problem: Problem) -> str | None:
     )
 
 
-# An H100 has the same multiprocessors, as many of them, and slower memory: nobody tuned it apart.
-# The tables of a GPU; entries of a later one replace those of an earlier one for the same problem.
-_TUNED_FILES = {
-    "NVIDIA H200": ("h200.json",),
-    "NVIDIA H100 80GB HBM3": ("h200.json", "h100.json"),
-}
+# All Hopper cards have the same multiprocessors: what was measured on an H200 serves those that
+# nobody measured.  Entries of a card's own file replace the common ones for the same problem.
+_COMMON_FILES = {"9.0": "h200.json"}
+_OWN_FILES = {"NVIDIA H200": "h200.json", "NVIDIA H100 80GB HBM3": "h100.json"}
+_TUNED = Path(__file__).parent / "tuned"
 
 
-def tuned_paths(device_name: str) -> tuple[Path, ...]:
-    """Return the files of a GPU's tuned configs, its own last; none for a GPU nobody measured."""
-    folder = Path(__file__).parent / "tuned"
-    return tuple(folder / file for file in _TUNED_FILES.get(device_name, ()))
+def own_tuned_path(device: Device) -> Path | None:
+    """Return the file that holds what was measured on this very card, or None."""
+    file = _OWN_FILES.get(device.name)
+    return _TUNED / file if file else None
 
 
 @functools.cache
-def tuned_table(device_name: str) -> dict[str, list[dict[str, Any]]]:
-    """Return the measured configs of a GPU, op -> entries; empty for a GPU nobody measured."""
+def tuned_table(device: Device) -> dict[str, list[dict[str, Any]]]:
+    """Return the configs tuned for a GPU, op -> entries; empty for an unknown architecture."""
     table: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
-    for path in tuned_paths(device_name):
+    common = _COMMON_FILES.get(device.capability)
+    for path in (common and _TUNED / common, own_tuned_path(device)):
+        if not path:
+            continue
         for op, entries in json.loads(path.read_text()).items():
             for entry in entries:
                 key = tuple(entry.get(name) for name in ("kind", "m", "n", "k", "experts"))
@@ -237,7 +239,7 @@ def tuned_config(kernels: Iterable[Kernel], problem: Problem) -> tuple[Kernel, C
             + (entry["kind"] != problem.kind)
         )
 
-    entries = tuned_table(problem.device.name).get(problem.op, [])
+    entries = tuned_table(problem.device).get(problem.op, [])
     for entry in sorted((e for e in entries if e["kind"] in problem.kinds), key=distance):
         kernel = by_name.get(entry["kernel"])
         if kernel is None or kernel.accepts(problem):

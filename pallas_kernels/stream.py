@@ -39,6 +39,7 @@ from pallas_kernels.record import CHANNELS, DEPTH, WORDS, Record
 from pallas_kernels.stream_config import StreamConfig
 from pallas_kernels.tiles import (
     cdiv,
+    copy_contiguous,
     load,
     scale_rows,
     slot,
@@ -116,9 +117,9 @@ def stream_matmul(
         # All channels of a tile first: its expert's weights and its rows are read once from DRAM.
         row_tiles, snake = groups.tiles(c.bm), column_tiles
         find_tile = groups.finder(c.bm, interpret)
-    # Whether the last wgmma of a step run on into the next; of two records a step ptxas makes too
-    # many fragments, and would wait for each wgmma where it starts.
-    across = rounded and c.records == 1 and bool(ring or c.lag)
+    # Whether the last wgmma of a record runs on into the next: then the loop runs over records, as
+    # ptxas would give each of an unrolled step's fragments registers of its own.
+    across = rounded and bool(ring or c.lag)
     # The wgmma takes no 32 byte swizzle with int8 in registers: groups of 32 are cut out of 64.
     depth = HALF if rounded or x.dtype == jnp.int8 else min(record.group, HALF)
     make_decoder = reference_decoder if interpret else device_decoder
@@ -186,7 +187,7 @@ def stream_matmul(
             s = warpgroup * slots + slot(i, slots)
             record_block = expert * (n // CHANNELS) + channel_block
             at = pl.ds(record_block * total + (first + i) * c.records, c.records)
-            plgpu.copy_gmem_to_smem(w_gm.at[at], w_sm.at[s], full.at[s])
+            copy_contiguous(w_gm.at[at], w_sm.at[s], full.at[s], interpret)
             if not ring:
                 fetch_x(i, full.at[s])
 
@@ -238,14 +239,13 @@ def stream_matmul(
             record_ref = w_sm.at[warpgroup * slots + slot(i, slots), j]
             for half in halves:
                 for q, tile in enumerate(decode(record_ref, half)):
-                    if ring and j + half + q == 0:
-                        plgpu.barrier_wait(x_full.at[x_slot(i)])
+                    if ring and half + q == 0:
+                        guarded(j == 0, lambda: plgpu.barrier_wait(x_full.at[x_slot(i)]))
                     k = half * HALF + q * record.group // depth * depth
-                    at_k = j * DEPTH + k
                     x_ref = (
-                        x_sm.at[x_slot(i), :, pl.ds(at_k, depth)]
+                        x_sm.at[x_slot(i), :, pl.ds(j * DEPTH + k, depth)]
                         if groups is None
-                        else x_sm.at[x_slot(i), at_k // depth]
+                        else x_sm.at[x_slot(i), j * (DEPTH // depth) + k // depth]
                     )
                     yield (half * HALF) // record.group + q, tile, x_ref
 
@@ -279,18 +279,30 @@ def stream_matmul(
                 refill_records(i)
 
         def rounded_step(i, accs):
+            """Add a step, every wgmma of which has ended when it returns."""
             plgpu.barrier_wait(full.at[warpgroup * slots + slot(i, slots)])
             for j in range(c.records):
-                for half, (_, tile, x_ref) in enumerate(tiles(i, j, range(DEPTH // HALF))):
+                for _, tile, x_ref in tiles(i, j, range(DEPTH // HALF)):
                     adder.add(accs, 0, tile.operand, x_ref)
                     adder.wait(1)
-                    if across and j + half == 0:  # the step before has no wgmma under way any more
-                        pl.when(i > 0)(lambda: release(i - 1))
-            if not across:
-                adder.wait(0)
-                release_x(i)
-            if ring or not across:  # else the slot has activations too, which the wgmma still read
-                refill_records(i)
+            adder.wait(0)
+            release_x(i)
+            refill_records(i)
+
+        def rounded_record(r, accs):
+            """Add a record; its last wgmma goes on when this returns."""
+            i, j = (
+                (r, 0) if c.records == 1 else (lax.div(r, jnp.int32(c.records)), slot(r, c.records))
+            )
+            s = warpgroup * slots + slot(i, slots)
+            guarded(j == 0, lambda: plgpu.barrier_wait(full.at[s]))
+            for half, (_, tile, x_ref) in enumerate(tiles(i, j, range(DEPTH // HALF))):
+                adder.add(accs, 0, tile.operand, x_ref)
+                adder.wait(1)
+                if half == 0:  # the step before has no wgmma under way any more
+                    pl.when((j == 0) & (i > 0))(lambda: release(i - 1))
+            if ring:  # else the slot has activations too, which the wgmma still reads
+                guarded(j == c.records - 1, lambda: refill_records(i))
 
         def accumulate() -> list[jax.Array]:
             """Return the sums over this share of k in pieces [64, width]."""
@@ -301,7 +313,11 @@ def stream_matmul(
                 return [lax.fori_loop(0, steps, exact_step, blank)]
 
             def run_steps(accs):
-                (acc,) = adder.loop(steps, rounded_step, accs)
+                (acc,) = (
+                    adder.loop(steps * c.records, rounded_record, accs)
+                    if across
+                    else adder.loop(steps, rounded_step, accs)
+                )
                 adder.wait(0)
                 read = [adder.read(acc, p * width, (p + 1) * width) for p in range(pieces)]
                 read = [piece.astype(jnp.float32) for piece in read]
@@ -359,10 +375,10 @@ def stream_matmul(
                         store(result, owner * owned + q)
 
         def run_tile():
+            for i in range(slots):  # first, as they come from farther away
+                guarded(i < steps, lambda i=i: fetch_records(i))
             if ring:
                 guarded(column == 0 if c.nw > 1 else True, fill_ring)
-            for i in range(slots):
-                guarded(i < steps, lambda i=i: fetch_records(i))
             if epilogue.vectors:
                 guarded(warpgroup == 0 if c.workers > 1 else True, fetch_vectors)
             sums = accumulate()

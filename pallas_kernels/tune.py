@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.bench.cases import CASES, Case
 from pallas_kernels.bench.timing import copies, measure, program
-from pallas_kernels.problem import Config, Kernel, Problem, current_device, tuned_paths
+from pallas_kernels.problem import Config, Kernel, Problem, current_device, own_tuned_path
 
 
 def relative_error(got: jax.Array, want: jax.Array) -> float:
@@ -111,11 +111,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="stop measuring after this long")
     arguments = parser.parse_args()
     deadline = time.time() + arguments.seconds
-    own = tuned_paths(current_device().name)
-    if not own and arguments.out is None:
+    own = own_tuned_path(current_device())
+    out = arguments.out or own
+    if out is None:
         parser.error(f"{current_device().name} has no file of tuned configs: name one with --out")
-    table = json.loads(own[-1].read_text()) if own else {}
-    out = arguments.out or own[-1]
+    table = json.loads(own.read_text()) if own else {}
     log = []
     for case in CASES:
         if arguments.op and case.name not in arguments.op:

@@ -28,7 +28,7 @@ from pallas_kernels.matmul_w4a8 import (
     W4A8WholeConfig,
     w4a8_problem,
 )
-from pallas_kernels.problem import select, tuned_table
+from pallas_kernels.problem import H200, select, tuned_table
 from pallas_kernels.xla_a16 import xla_matmul_a16, xla_matmul_w4a8
 
 ALL = (*FORMATS, *TWO_LEVEL, *NARROW, *WHOLE)
@@ -240,7 +240,7 @@ def tuned_case(entry: dict) -> Case:
 
 @pytest.mark.parametrize(
     "entry",
-    tuned_table("NVIDIA H200").get("matmul_a16", []),
+    tuned_table(H200).get("matmul_a16", []),
     ids=lambda e: f"{e['kind']} {e['m']}x{e['n']}x{e['k']}",
 )
 def test_every_tuned_config_is_chosen_and_lowers_to_cuda(lower, entry):

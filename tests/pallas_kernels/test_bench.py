@@ -14,12 +14,12 @@ from pallas_kernels.bench import bars
 from pallas_kernels.bench.cases import CASES
 from pallas_kernels.bench.limits import Limits
 from pallas_kernels.bench.timing import copies
-from pallas_kernels.problem import H200, select, tuned_config, tuned_paths, tuned_table
+from pallas_kernels.problem import H200, own_tuned_path, select, tuned_config, tuned_table
 from pallas_kernels.tune import candidates, merge, write_table
 
 
 def test_the_tuned_table_is_written_as_it_was_read(tmp_path):
-    table = tuned_table("NVIDIA H200")
+    table = tuned_table(H200)
     write_table(tmp_path / "table.json", table)
     again = json.loads((tmp_path / "table.json").read_text())
     assert {op: len(entries) for op, entries in table.items()} == {
@@ -30,13 +30,14 @@ def test_the_tuned_table_is_written_as_it_was_read(tmp_path):
 
 
 def test_a_card_of_its_own_replaces_entries_and_keeps_the_rest():
-    common, own = (json.loads(path.read_text()) for path in tuned_paths("NVIDIA H100 80GB HBM3"))
-    table = tuned_table("NVIDIA H100 80GB HBM3")
+    h100 = dataclasses.replace(H200, name="NVIDIA H100 80GB HBM3")
+    paths = own_tuned_path(H200), own_tuned_path(h100)
+    common, own = (json.loads(path.read_text()) for path in paths if path)
+    table = tuned_table(h100)
     for op, entries in own.items():
         assert entries and all(entry in table[op] for entry in entries)
         assert len(table[op]) == len(common[op]), "each replaces one"
         assert any(entry not in common[op] for entry in entries)
-    assert tuned_table("an unknown card") == {} and tuned_paths("an unknown card") == ()
 
 
 def test_merge_replaces_the_entry_of_the_same_problem():
@@ -121,10 +122,15 @@ def test_an_h100_uses_the_configs_of_the_h200():
     operands = jax.eval_shape(lambda: problem.operands(16, 8192, 8192, 0))
     found = problem.problem(operands)
     h100 = dataclasses.replace(H200, name="NVIDIA H100 80GB HBM3")
-    other = dataclasses.replace(H200, name="another card")
     chosen = select(problem.kernels, found)
     assert tuned_config(problem.kernels, dataclasses.replace(found, device=h100)) == chosen
-    assert tuned_config(problem.kernels, dataclasses.replace(found, device=other)) is None
+
+
+def test_a_hopper_that_nobody_measured_uses_them_too_and_has_no_file_to_tune():
+    for name in ("NVIDIA GH200 480GB", "NVIDIA H100 NVL", "NVIDIA H100 PCIe"):
+        card = dataclasses.replace(H200, name=name)
+        assert tuned_table(card) == tuned_table(H200) and own_tuned_path(card) is None
+    assert tuned_table(dataclasses.replace(H200, name="NVIDIA B200", capability="10.0")) == {}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -112,7 +112,7 @@ def test_random_problems(kind):
 def entries() -> dict[str, list[dict]]:
     """Return "op, kind, layer" -> tuned entries of this card; two levels run in `test_a16_gpu`."""
     groups: dict[str, list[dict]] = {}
-    for op, found in tuned_table(current_device().name).items():
+    for op, found in tuned_table(current_device()).items():
         for entry in found if op in TUNED else ():
             groups.setdefault(f"{op} {entry['kind']} {entry['n']}x{entry['k']}", []).append(
                 {**entry, "op": op}

@@ -58,11 +58,12 @@ def test_other_gpus_are_refused_by_name():
     assert error.value.problem is not None
 
 
-def test_an_unknown_hopper_gets_defaults():
+def test_what_nobody_tuned_gets_defaults_for_any_number_of_multiprocessors():
     for sms in (78, 114, 132):
-        device = dataclasses.replace(H200, name="another Hopper", sms=sms)
+        device = dataclasses.replace(H200, sms=sms)
         for m in (1, 13, 64, 200, 4096):
-            problem = dataclasses.replace(PROBLEM, m=m, device=device)
+            # No table has fp8 scales of 1x128 with weights scaled per channel.
+            problem = dataclasses.replace(PROBLEM, m=m, device=device, x_scale="1x128")
             assert tuned_config(A8_KERNELS, problem) is None
             _, config = select(A8_KERNELS, problem)
             assert config.refuses(problem) is None
@@ -80,7 +81,7 @@ def test_a_config_that_does_not_fit_is_refused_with_its_size():
         select(A8_KERNELS, dataclasses.replace(PROBLEM, m=512), PrefillConfig(stages=6))
 
 
-@pytest.mark.parametrize("m", [1, 3, 8, 20, 32, 50, 100])
+@pytest.mark.parametrize("m", [1, 3, 8, 20, 32, 50])
 def test_borrowed_decode_configs_read_the_weights_once(m):
     chosen = tuned_config(A8_KERNELS, dataclasses.replace(PROBLEM, m=m))
     assert chosen is not None

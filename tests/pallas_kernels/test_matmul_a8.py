@@ -235,7 +235,7 @@ def test_every_candidate_lowers_to_cuda(lower, kind, m):
                 lowered(lower, case, config)
 
 
-TUNED = tuned_table("NVIDIA H200").get("matmul_a8", [])
+TUNED = tuned_table(H200).get("matmul_a8", [])
 
 
 def tuned_case(entry: dict) -> Case:
