@@ -18,6 +18,7 @@ from a16_cases import (
     WHOLE,
     Case,
 )
+from covering import covering
 
 from pallas_kernels import KernelError, matmul_a16, matmul_w4a8, unpack
 from pallas_kernels.a16_configs import A16DecodeConfig, A16PrefillConfig
@@ -216,38 +217,43 @@ def test_every_format_lowers_to_cuda(lower, case, m):
     lowered(lower, dataclasses.replace(case, m=m))
 
 
-@pytest.mark.parametrize("m", [16, 64, 512])
-def test_every_candidate_lowers_to_cuda(lower, m):
-    case = Case(m, n=28672, k=4096, bias="bfloat16")
-    problem = a16_problem(**case.structs())
-    for kernel in A16_KERNELS:
-        if kernel.accepts(problem) is None:
-            for config in kernel.candidates(problem):
-                lowered(lower, case, config)
-
-
-def test_every_candidate_of_narrow_activations_lowers_to_cuda(lower):
-    case = Case(16, n=4096, k=4096, x="int8", group=32)
-    problem = w4a8_problem(**case.structs())
-    for config in W4A8_KERNELS[0].candidates(problem):
+@pytest.mark.parametrize("narrow", [False, True], ids=["16 bits", "8 bits"])
+def test_candidates_lower_to_cuda(lower, narrow):
+    if narrow:
+        cases = [Case(16, n=4096, k=4096, x="int8", group=32)]
+    else:
+        cases = [Case(m, n=28672, k=4096, bias="bfloat16") for m in (16, 64, 512)]
+    kernels, problem_of = (W4A8_KERNELS, w4a8_problem) if narrow else (A16_KERNELS, a16_problem)
+    jobs = []
+    for case in cases:
+        problem = problem_of(**case.structs())
+        for kernel in kernels:
+            if kernel.accepts(problem) is None:
+                jobs += [(case, config) for config in kernel.candidates(problem)]
+    for case, config in covering(jobs, lambda job: job[1]):
         lowered(lower, case, config)
 
 
-def tuned_case(entry: dict) -> Case:
-    case = {**TUNED, **TUNED_TWO_LEVEL}[entry["kind"]]
-    return dataclasses.replace(case, m=entry["m"], n=entry["n"], k=entry["k"])
+CASES = {**TUNED, **TUNED_TWO_LEVEL}
+ENTRIES = tuned_table(H200).get("matmul_a16", [])
 
 
-@pytest.mark.parametrize(
-    "entry",
-    tuned_table(H200).get("matmul_a16", []),
-    ids=lambda e: f"{e['kind']} {e['m']}x{e['n']}x{e['k']}",
-)
-def test_every_tuned_config_is_chosen_and_lowers_to_cuda(lower, entry):
-    case = tuned_case(entry)
-    kernel, config = select(A16_KERNELS, a16_problem(**case.structs()))
-    assert (kernel.name, dataclasses.asdict(config)) == (entry["kernel"], entry["config"])
-    lowered(lower, case)
+def test_every_tuned_kind_has_a_case():
+    assert {entry["kind"] for entry in ENTRIES} == set(CASES)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_tuned_configs_are_chosen_and_lower_to_cuda(lower, kind):
+    jobs = []
+    for entry in ENTRIES:
+        if entry["kind"] == kind:
+            sizes = {name: entry[name] for name in ("m", "n", "k")}
+            case = dataclasses.replace(CASES[kind], **sizes)
+            kernel, config = select(A16_KERNELS, a16_problem(**case.structs()))
+            assert (kernel.name, dataclasses.asdict(config)) == (entry["kernel"], entry["config"])
+            jobs.append((case, config))
+    for case, _ in covering(jobs, lambda job: job[1]):
+        lowered(lower, case)
 
 
 def test_untuned_types_use_the_configs_of_tuned_ones(lower):

@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 from a8_cases import Case
+from covering import covering
 from grouped_a8_cases import LAYOUTS, GroupedCase
 
 from pallas_kernels import KernelError, xla
@@ -158,16 +159,17 @@ def test_every_layout_lowers_to_cuda(lower, case, sizes):
     lowered(lower, GroupedCase(sizes, case))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", LAYOUTS[:3], ids=str)
-@pytest.mark.parametrize("rows", [1, 8, 64, 256])
-def test_every_candidate_lowers_to_cuda(lower, case, rows):
-    case = GroupedCase((rows,) * 128, dataclasses.replace(case, n=3072, k=4096))
-    problem = grouped_a8_problem(**structs(case), **case.options)
-    for kernel in GROUPED_A8_KERNELS:
-        if kernel.accepts(problem) is None:
-            for config in kernel.candidates(problem):
-                lowered(lower, case, config)
+def test_candidates_lower_to_cuda(lower, case):
+    jobs = []
+    for rows in (1, 8, 64, 256):
+        grouped = GroupedCase((rows,) * 128, dataclasses.replace(case, n=3072, k=4096))
+        problem = grouped_a8_problem(**structs(grouped), **grouped.options)
+        for kernel in GROUPED_A8_KERNELS:
+            if kernel.accepts(problem) is None:
+                jobs += [(grouped, config) for config in kernel.candidates(problem)]
+    for grouped, config in covering(jobs, lambda job: job[1]):
+        lowered(lower, grouped, config)
 
 
 def test_refusals_name_every_kernel():

@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from a8_cases import LAYOUTS, TOKENS, Case
+from covering import covering, values_of
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import KernelError, a8_prefill, promote, xla
@@ -222,17 +223,28 @@ KINDS = {
 }
 
 
-@pytest.mark.slow
+def candidates(kind: str) -> list[tuple[Case, object]]:
+    """Return cases of few to many tokens, each with every config worth measuring for it."""
+    jobs = []
+    for m in (16, 64, 128, 2048):
+        case = dataclasses.replace(KINDS[kind], m=m, n=6144, k=4096)
+        problem = a8_problem(**structs(case), **case.options)
+        for kernel in A8_KERNELS:
+            if kernel.accepts(problem) is None:
+                jobs += [(case, config) for config in kernel.candidates(problem)]
+    return jobs
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("m", [16, 64, 128, 2048])
-def test_every_candidate_lowers_to_cuda(lower, kind, m):
-    case = dataclasses.replace(KINDS[kind], m=m, n=6144, k=4096)
-    operands = structs(case)
-    problem = a8_problem(**operands, **case.options)
-    for kernel in A8_KERNELS:
-        if kernel.accepts(problem) is None:
-            for config in kernel.candidates(problem):
-                lowered(lower, case, config)
+def test_candidates_lower_to_cuda(lower, kind):
+    for case, config in covering(candidates(kind), lambda job: job[1]):
+        lowered(lower, case, config)
+
+
+def test_what_covers_leaves_out_no_value():
+    jobs = [config for _, config in candidates("int8")]
+    chosen = covering(jobs, lambda job: job)
+    assert set().union(*map(values_of, chosen)) == set().union(*map(values_of, jobs))
 
 
 TUNED = tuned_table(H200).get("matmul_a8", [])
@@ -252,11 +264,14 @@ def test_every_tuned_config_is_selected():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_tuned_config_lowers_to_cuda(lower, kind):
-    entries = [entry for entry in TUNED if entry["kind"] == kind]
-    unique = {(e["kernel"], *e["config"].values()): e for e in entries}
-    for entry in unique.values():
-        lowered(lower, tuned_case(entry))
+def test_tuned_configs_lower_to_cuda(lower, kind):
+    cases = [tuned_case(entry) for entry in TUNED if entry["kind"] == kind]
+
+    def config(case: Case) -> object:
+        return select(A8_KERNELS, a8_problem(**structs(case), **case.options))[1]
+
+    for case in covering(cases, config):
+        lowered(lower, case)
 
 
 def test_refusals_name_every_kernel():
