@@ -10,7 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores and
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 elif "JAX_COMPILATION_CACHE_DIR" not in os.environ and not importlib.util.find_spec("jax_plugins"):
     # Most of the time goes into compiling small programs for the CPU.  Each is compiled once in a
-    # run, whichever of its processes meets it first: workers, and the children of tests, inherit it.
+    # run, whichever process meets it first: workers and the children of tests inherit this.
     COMPILED = tempfile.TemporaryDirectory(prefix="jaxquant-compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

@@ -14,6 +14,8 @@ from pallas_kernels.record import WORDS
 E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 PLANES = {"uint4": (4,), "float4_e2m1fn": (4,), "uint5": (4, 1), "uint6": (4, 2)}
 
+_prepack = jax.jit(prepack, static_argnames=("code", "group", "block", "factor_block", "operand"))
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -130,7 +132,7 @@ class Case:
         operand = 8 if self.narrow else 16
         arrays = jax.tree.map(jnp.asarray, plain)
         sizes = {"group": self.group, "block": self.block, "factor_block": self.factor or 1}
-        return prepack(**arrays, code=self.code, **sizes, operand=operand)
+        return _prepack(**arrays, code=self.code, **sizes, operand=operand)
 
     def activations(self, seed: int = 0) -> dict[str, np.ndarray]:
         """Return the operands besides the weight."""

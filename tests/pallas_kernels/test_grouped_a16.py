@@ -24,6 +24,7 @@ from pallas_kernels.xla_a16 import xla_grouped_matmul_a16
 PLAIN = [dataclasses.replace(f, bias="", perm=False) for f in FORMATS]
 PLAIN += [NVFP4, dataclasses.replace(NVFP4, factor=64)]
 UNTOUCHED = 7.0
+TWIN = jax.jit(xla_grouped_matmul_a16, static_argnames="first")
 TILES = (
     A16DecodeConfig(8, cs=2, records=2),
     A16DecodeConfig(8, kw=4),
@@ -105,18 +106,17 @@ def test_runs_of_a_bank_under_the_interpreter(interpret):
 @pytest.mark.parametrize("case", PLAIN, ids=str)
 def test_xla_computes_the_same(case):
     groups = Groups(dataclasses.replace(case, m=210), (3, 0, 150, 1, 40), 1, 5)
-    got = np.asarray(xla_grouped_matmul_a16(weight=groups.weight(), **groups.operands()))
+    got = np.asarray(TWIN(weight=groups.weight(), **groups.operands()))
     assert error(groups, got) < tolerance(groups, rounded=True)
 
 
 def test_xla_takes_every_pattern_of_empty_experts():
     case = Case(60, n=64, k=128)
     first = Groups(case, (0,) * 8)
-    call = jax.jit(xla_grouped_matmul_a16)
     weight, x = first.weight(), first.operands()["x"]
     for sizes in patterns(8, (1, 2, 7)):
         groups = Groups(case, tuple(map(int, sizes)))
-        got = np.asarray(call(x, weight, jnp.asarray(sizes, jnp.int32)))
+        got = np.asarray(TWIN(x, weight, jnp.asarray(sizes, jnp.int32)))
         assert not got[~groups.mine].any()
         if groups.mine.any():
             assert error(groups, got) < tolerance(groups, rounded=True)
@@ -131,7 +131,7 @@ def test_a_wrong_operand_is_noticed(wrong):
         given["group_sizes"] = jnp.asarray((4, 0, 19, 17), jnp.int32)
     else:
         weight = dataclasses.replace(weight, records=jnp.roll(weight.records, 1, 0))
-    got = np.asarray(xla_grouped_matmul_a16(weight=weight, **given))
+    got = np.asarray(TWIN(weight=weight, **given))
     assert error(groups, got) > 4 * tolerance(groups, rounded=True)
 
 

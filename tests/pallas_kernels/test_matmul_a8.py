@@ -19,6 +19,7 @@ from pallas_kernels.problem import H200, select, tuned_table
 # The interpreter takes about half a second for every tile and K step, so shapes stay small; what
 # differs between problems is who waits for whom, and that depends on the number of steps and tiles.
 SMALL = {"n": 128, "k": 384}
+TWIN = jax.jit(xla.matmul_a8, static_argnames=("w_block", "out_dtype"))
 
 
 def structs(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
@@ -175,7 +176,7 @@ def test_a_slot_given_back_before_its_product_is_finished_is_noticed(interpret, 
 def test_xla_computes_the_same(case, m):
     case = dataclasses.replace(case, m=m)
     operands = case.operands()
-    got = xla.matmul_a8(**operands, **case.options)
+    got = TWIN(**operands, **case.options)
     # Scales along K round both operands to bfloat16 first.
     assert oracle.relative_error(got, case.expected(operands)) < 3 * oracle.rounding("bfloat16")
 
@@ -195,7 +196,7 @@ def test_a_wrong_operand_is_noticed(wrong, m):
     expected = case.expected(operands)
     name = {"x_groups": "x_scale", "w_blocks": "w_scale"}.get(wrong, wrong)
     operands[name] = np.roll(operands[name], 1, axis=-1 if wrong == "w_blocks" else 0)
-    error = oracle.relative_error(xla.matmul_a8(**operands, **case.options), expected)
+    error = oracle.relative_error(TWIN(**operands, **case.options), expected)
     assert error > 4 * tolerance(case)
 
 
