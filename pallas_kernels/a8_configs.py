@@ -98,9 +98,11 @@ def decode_refuses(problem: Problem) -> str | None:
     return None if problem.m <= 256 else "takes at most 256 tokens"
 
 
-def _fitted(problem: Problem, bm: int, atoms: int, *shape: int) -> DecodeConfig | None:
-    """Return the config of a shape with as many stages as fit, or None."""
-    for stages in range(16 // atoms, 2, -1):
+def _fitted(
+    problem: Problem, bm: int, atoms: int, *shape: int, most: int = 16
+) -> DecodeConfig | None:
+    """Return the config of a shape with as many stages as fit, of `most` atoms, or None."""
+    for stages in range(most // atoms, 2, -1):
         config = DecodeConfig(bm, stages, atoms, *shape)
         if stages % config.split == 0 and config.refuses(problem) is None:
             return config
@@ -328,8 +330,15 @@ def grouped_decode_refuses(problem: Problem) -> str | None:
 
 def grouped_decode_default(problem: Problem) -> DecodeConfig:
     """Return 128 channels a block, or for a token or so 64 and blocks enough to share evenly."""
-    for channels, occupancy in ((1, 3),) * (problem.m <= 8) + ((2, 1), (1, 1)):
-        if config := _fitted(problem, grouped_height(problem), 1, channels, 1, 1, occupancy):
+    shapes: tuple[tuple[int, int, int], ...] = ((2, 1, 16), (1, 1, 16))
+    if problem.m <= 8:
+        shapes = ((1, 3, 16), *shapes)
+    # Two blocks on each multiprocessor are a tile each: more stages only delay the first product.
+    if problem.m * (problem.n // CHANNELS) <= 2 * problem.device.sms:
+        shapes = ((1, 2, 8), *shapes)
+    for channels, occupancy, most in shapes:
+        height = grouped_height(problem)
+        if config := _fitted(problem, height, 1, channels, 1, 1, occupancy, most=most):
             return config
     return DecodeConfig(8, 4, 1, 1, 1, 1)
 

@@ -24,11 +24,15 @@ def decode_shapes(problem: Problem) -> Iterator[dict[str, int]]:
     """Yield tiles for few rows an expert, the likeliest first; the last ones run anything."""
     bm = min(most_tokens(problem), _typical_tile(problem))
     blocks = min(problem.m, problem.experts) * (problem.n // 64)
-    # Two warpgroups over k keep more bytes under way where blocks are few or have far to go.
-    split = blocks < 2 * problem.device.sms or (problem.k >= 4096 and problem.m > 64)
+    sms, long = problem.device.sms, problem.k >= 4096
     if problem.k <= 1024:
         yield dict(bm=bm, slots=3, records=2)
-    if split:
+    # Few blocks leave multiprocessors idle: two then share out k, the more so the longer it is.
+    if blocks < (3 if long else 2) * sms:
+        yield dict(bm=bm, cs=2, records=2)
+        yield dict(bm=bm, kw=2)
+    # Two warpgroups over k keep more bytes under way where blocks have far to go.
+    elif long and problem.m > 64:
         yield dict(bm=bm, kw=2, records=2)
         yield dict(bm=bm, kw=2)
     yield dict(bm=bm, records=2)

@@ -172,6 +172,18 @@ def test_every_problem_has_a_config(case, m):
         assert config.refuses(problem) is None
 
 
+def test_few_blocks_share_out_k():
+    """One token in a third of a layer's experts, in all of them, and 16 tokens."""
+    for n, k, expected in ((3072, 4096, (2, 2, 1)), (4096, 1536, (2, 1, 1))):
+        clusters = []
+        for rows, experts in ((8, 43), (8, 128), (128, 128)):
+            x, weight, _ = structs(Case(rows, n=n, k=k), experts)
+            sizes = jax.ShapeDtypeStruct((128,), jnp.int32)
+            problem = grouped_a16_problem(x, weight, sizes)
+            clusters.append(select(GROUPED_A16_KERNELS, problem)[1].cs)
+        assert tuple(clusters) == expected
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
