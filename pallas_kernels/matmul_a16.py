@@ -55,9 +55,10 @@ def epilogue_of(problem: Problem) -> Epilogue:
     if factor:
         terms.append(Term("w_scale", "n" if factor == "n" else "one", jnp.float32))
     if problem.x_scale == "token":
-        terms.append(Term("x_scale", "m", jnp.float32))
+        along = "m" if problem.m > 1 else "one"  # a vector of one would have to be padded first
+        terms.append(Term("x_scale", along, jnp.float32))
         if problem.zero == "offset":
-            terms += [Term("x_sum", "m", jnp.float32), Term("w_offset", "n", jnp.float32)]
+            terms += [Term("x_sum", along, jnp.float32), Term("w_offset", "n", jnp.float32)]
     if problem.bias:
         terms.append(Term("bias", "n", jnp.dtype(problem.bias)))
     return Epilogue(tuple(terms), True, jnp.dtype(problem.out_dtype))

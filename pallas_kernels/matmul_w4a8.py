@@ -165,10 +165,11 @@ def matmul_w4a8(
             lists every kernel's reason.
     """
     problem = w4a8_problem(x_q, x_scale, weight, bias=bias, out_dtype=out_dtype)
-    # Vectors along tokens travel with the tile, whose rows are padded to 8.
-    vectors = (pad_rows(x_scale.reshape(-1), 8),)
+    # Vectors along tokens travel with the tile, whose rows are padded to 8; one number does not.
+    rows = 8 if problem.m > 1 else 1
+    vectors = (pad_rows(x_scale.reshape(-1), rows),)
     if weight.offset is not None:
         x_sum = jnp.sum(x_q, axis=1, dtype=jnp.int32).astype(jnp.float32) * x_scale[:, 0]
-        vectors += (pad_rows(x_sum, 8), weight.offset)
+        vectors += (pad_rows(x_sum, rows), weight.offset)
     vectors += () if bias is None else (bias,)
     return run_padded(W4A8_KERNELS, problem, config, interpret, weight, x_q, vectors)

@@ -130,14 +130,18 @@ class Problem:
     def kinds(self) -> tuple[str, ...]:
         """The kinds whose tuned configs suit this problem, its own first.
 
-        For weights decoded in registers, zero points, the size of a group and the type of the
-        activations change little in what a tile costs; only the width of the codes does.
+        For weights decoded in registers, zero points, the size of a group, factors and the 16-bit
+        type of the activations change little in what a tile costs; only the width of the codes
+        does, and whether they become int8 operands.
         """
+        if self.op == "matmul_w4a8":
+            return self.kind, "int8 uint4 token g128 int8 factor n group zero"
         if self.op not in ("matmul_a16", "grouped_matmul_a16"):
             return (self.kind,)
+        _, *weight = self.kind.replace("factor n", "factor one").split()
         wide = self.w_dtype in ("int8", "float8_e4m3fn")
-        weight = "int8 none g128 float32" if wide else "uint4 none g128"
-        return self.kind, f"bfloat16 {weight}"
+        common = "int8 none g128 float32" if wide else "uint4 none g128"
+        return self.kind, " ".join(["bfloat16", *weight]), f"bfloat16 {common}"
 
 
 @dataclasses.dataclass(frozen=True)

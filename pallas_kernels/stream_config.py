@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Self
 
 import jax.numpy as jnp
 
@@ -16,6 +17,8 @@ STAGE = 64
 MAX_BARRIERS = 32
 # Elements along one dimension of a TMA copy.
 MAX_COPY = 256
+# Tokens up to which one tile takes them all: decoding the weights once matters more than its width.
+FEW = 32
 
 
 def scale_name(record: Record, factor: str = "") -> str:
@@ -81,6 +84,13 @@ class StreamConfig(Config):
     ring: int = 0
     lag: int = 1
     snake: int = 1
+
+    def adapted(self, problem: Problem) -> Self:
+        """Return this config with a tile of as many tokens as there are, if these are few."""
+        few = 8 * cdiv(problem.m, 8)
+        if problem.experts or max(few, self.bm) > FEW:
+            return self
+        return dataclasses.replace(self, bm=few)
 
     @property
     def workers(self) -> int:

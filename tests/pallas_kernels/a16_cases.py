@@ -289,3 +289,8 @@ TUNED_TWO_LEVEL = {
     "bfloat16 uint5 none g32 uint8 super offset zero": Q5_K,
     "bfloat16 uint6 none g16 int8 super": Q6_K,
 }
+# Kind of the tuned table -> case, of `matmul_w4a8` with operands that an integer scale makes int8.
+TUNED_WHOLE = {
+    "int8 uint4 token g128 int8 factor n group zero": QSERVE_GROUP,
+    "int8 uint4 token g128 none factor n offset zero": QSERVE_CHANNEL,
+}

@@ -126,7 +126,9 @@ class TrialA16(Trial):
             "scales": (case.cells, case.scale),
             "x": ((case.m, case.k), case.x),
         }
+        shapes |= {"tops": ((case.n, 1), "float16")} if case.progressive else {}
         shapes |= {"zeros": (case.cells, "uint8")} if case.zero else {}
+        shapes |= {"offsets": (case.cells, case.scale)} if case.offset else {}
         shapes |= {"x_scale": ((case.m, 1), "float32")} if case.narrow else {}
         shapes |= {"bias": ((case.n,), case.bias)} if case.bias else {}
         # The permutation is the order of random numbers, of which the first k can be taken.
@@ -139,7 +141,9 @@ class TrialA16(Trial):
             return jax.random.randint(key, shape, 0, 16).astype(jnp.uint8)
         if name == "order":
             return jax.random.uniform(key, shape, jnp.float32)
-        if name in ("scales", "x_scale"):
+        if name == "scales" and dtype == "int8":
+            return jax.random.randint(key, shape, 1, 33).astype(jnp.int8)
+        if name in ("scales", "x_scale", "tops", "offsets"):
             return (jnp.exp(jax.random.uniform(key, shape, jnp.float32, -1, 1)) / 16).astype(dtype)
         x = jax.random.normal(key, shape, jnp.float32)
         if name == "x":
@@ -148,11 +152,28 @@ class TrialA16(Trial):
             x = x * (4 if name == "codes" else 8)
         return x.astype(dtype)
 
+    def codes(self, given):
+        """Return the codes, kept where an integer scale makes them int8 operands."""
+        case, codes = self.case, given["codes"]
+        if case.code == "uint4":
+            codes = jnp.stack([codes & 15, codes >> 4], -1).reshape(case.n, case.k)
+        if not case.progressive:
+            return codes
+        zeros, scales = (
+            jnp.repeat(given[name].astype(jnp.int32), case.group, 1)[:, : case.k]
+            for name in ("zeros", "scales")
+        )
+        return codes.astype(jnp.int32).clip(zeros - 128 // scales, zeros + 127 // scales)
+
     def call(self, given, config):
+        codes = given["codes"]
+        if self.case.progressive:
+            pairs = self.codes(given).astype(jnp.uint8)
+            codes = pairs[:, ::2] | pairs[:, 1::2] << 4
         weight = prepack(
-            given["codes"],
-            given["scales"],
-            given.get("zeros"),
+            codes,
+            (given["scales"], given["tops"]) if self.case.progressive else given["scales"],
+            given["offsets"] if self.case.offset else given.get("zeros"),
             group=self.case.group,
             block=self.case.block,
             operand=8 if self.case.narrow else 16,
@@ -165,20 +186,19 @@ class TrialA16(Trial):
 
     def factors(self, given, k):
         case = self.case
-        x, codes = given["x"].astype(jnp.float32), given["codes"]
+        x, w = given["x"].astype(jnp.float32), self.codes(given).astype(jnp.float32)
         steps = (case.block, case.group or case.k)
-        if case.code == "uint4":
-            codes = jnp.stack([codes & 15, codes >> 4], -1).reshape(case.n, case.k)
-        w = codes.astype(jnp.float32)
         if case.zero:
             w = w - spread(given["zeros"], steps, w.shape)
-        elif case.code == "uint4":
+        elif case.code == "uint4" and not case.offset:
             w = w - 8
         if case.perm:
             kept = jnp.arange(case.k) < k
             x = x[:, jnp.argsort(jnp.where(kept, given["order"], 2.0))]
         x = x * given["x_scale"] if case.narrow else x
-        return x, w * spread(given["scales"], steps, w.shape)
+        w = w * spread(given["scales"], steps, w.shape)
+        w = w * given["tops"].astype(jnp.float32) if case.progressive else w
+        return x, w - given["offsets"].astype(jnp.float32) if case.offset else w
 
     @property
     def bound(self):

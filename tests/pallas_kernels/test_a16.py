@@ -120,13 +120,14 @@ def test_every_shape_of_config(interpret, m, n, k, config):
 @pytest.mark.parametrize(
     ("case", "config"),
     [
-        (QSERVE_GROUP, W4A8WholeConfig(64, nw=2, ring=2, lag=0)),
-        (QSERVE_CHANNEL, W4A8WholeConfig(128, ring=3, lag=1)),
+        (dataclasses.replace(QSERVE_CHANNEL, m=1), W4A8WholeConfig(8)),
+        (dataclasses.replace(QSERVE_GROUP, m=70), W4A8WholeConfig(64, nw=2, ring=2, lag=0)),
+        (dataclasses.replace(QSERVE_CHANNEL, m=70), W4A8WholeConfig(128, ring=3, lag=1)),
     ],
     ids=str,
 )
-def test_int8_operands_of_many_tokens_under_the_interpreter(interpret, case, config):
-    check_interpreted(interpret, dataclasses.replace(case, m=70, n=128, k=384), config)
+def test_int8_operands_of_one_and_of_many_tokens_under_the_interpreter(interpret, case, config):
+    check_interpreted(interpret, dataclasses.replace(case, n=128, k=384), config)
 
 
 @pytest.mark.parametrize("m", [13, 200])

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 import oracle
 import pytest
-from a16_cases import FORMATS, NARROW, TWO_LEVEL, Case
+from a16_cases import FORMATS, NARROW, TWO_LEVEL, WHOLE, Case
 
 from pallas_kernels import matmul_a16, matmul_w4a8, xla_a16
 
 pytestmark = pytest.mark.gpu
 
-ALL = (*FORMATS, *TWO_LEVEL, *NARROW)
+ALL = (*FORMATS, *TWO_LEVEL, *NARROW, *WHOLE)
 
 
 def check(jobs: list[tuple[Case, object]]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from a8_cases import LAYOUTS
 from a8_cases import Case as A8
-from a16_cases import FORMATS, NARROW, TUNED_TWO_LEVEL
+from a16_cases import FORMATS, NARROW, TUNED_TWO_LEVEL, TUNED_WHOLE, WHOLE
 from a16_cases import TUNED as A16_TUNED
 from a16_cases import Case as A16
 from on_device import Trial, draw, judge, runner, trial_of
@@ -31,20 +31,22 @@ from pallas_kernels.problem import current_device, tuned_table
 
 on_gpu = pytest.mark.gpu
 
-# One body each: plain and promoted 8-bit products, weights decoded to 16 and to 8 bits.
+# One body each: plain and promoted 8-bit products, weights decoded to 16 and to 8 bits, with sums
+# scaled by the group or made over all of k.
 FAMILIES = {
     "fp8": A8(304, n=320, k=768),
     "fp8 block": A8(304, n=320, k=768, x_scale="1x128", w_scale="128x128"),
     "w4a16": A16(304, n=320, k=576, zero=True, group=64),
     "w4a8": A16(304, n=320, k=576, x="int8", group=32, zero=True),
+    "qserve": A16(304, n=320, k=576, x="int8", scale="int8", zero=True),
 }
 OTHERS = {
     "int8": A8(0, x="int8", w="int8", zero="token", bias="bfloat16"),
     "fp8a16": A16(0, code="float8_e4m3fn", block=128, scale="float32"),
 }
 # Every kind of problem that the ops take; a kernel for another kind adds its cases here.
-KINDS = {f"{type(case).__module__} {case}": case for case in (*LAYOUTS, *FORMATS, *NARROW)}
-# 39 kinds x 10 sizes x 26 problems.
+KINDS = {f"{type(case).__module__} {case}": case for case in (*LAYOUTS, *FORMATS, *NARROW, *WHOLE)}
+# 41 kinds x 10 sizes x 26 problems.
 SIZES, PROBLEMS = 10, 26
 # op -> kernels, and kind of the tuned table -> case.
 TUNED = {
@@ -60,6 +62,7 @@ TUNED = {
         A16_KERNELS,
         {**A16_TUNED, **TUNED_TWO_LEVEL},
     ),
+    "matmul_w4a8": (W4A8_KERNELS, TUNED_WHOLE),
 }
 
 
@@ -140,7 +143,7 @@ def test_every_tuned_config_has_a_case_that_it_can_run(layer):
             shapes = {n: jax.ShapeDtypeStruct(*value) for n, value in case.shapes().items()}
             problem = a8_problem(**shapes, **case.options)
         else:
-            problem = a16_problem(**case.structs())
+            problem = (w4a8_problem if case.narrow else a16_problem)(**case.structs())
         assert problem.kind == entry["kind"]
         assert config.refuses(dataclasses.replace(problem, m=max(entry["m"], 8))) is None
 
