@@ -3,6 +3,7 @@
 import importlib
 import os
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -213,15 +214,16 @@ def test_plain_floats_round_trip(name):
 
 @pytest.mark.parametrize("name", KEPT)
 def test_structural_transforms_commute(name):
+    fused = jax.jit(dequantize)
     q = gguf.decode(random_blocks(name, (8, 512), 7), TYPES[name], (8, 512))
-    dense = np.asarray(dequantize(q))
+    dense = np.asarray(fused(q))
     cut = structure.slice_axis(q, "in", 256, 512)
-    np.testing.assert_array_equal(np.asarray(dequantize(cut)), dense[:, 256:])
+    np.testing.assert_array_equal(np.asarray(fused(cut)), dense[:, 256:])
     rows = structure.slice_axis(q, "out", 3, 5)
-    np.testing.assert_array_equal(np.asarray(dequantize(rows)), dense[3:5])
+    np.testing.assert_array_equal(np.asarray(fused(rows)), dense[3:5])
     halves = structure.split(q, "in", [256, 256])
     joined = structure.concat(halves, "in")
-    np.testing.assert_array_equal(np.asarray(dequantize(joined)), dense)
+    np.testing.assert_array_equal(np.asarray(fused(joined)), dense)
     with pytest.raises(LayoutError):
         structure.slice_axis(q, "in", 8, 512)
 
@@ -402,4 +404,4 @@ def test_scales_are_the_products(name):
 
 def test_plain_numbers_have_no_scales():
     assert gguf.scales_of(np.zeros(64, np.uint8), TYPES["F32"], (2, 8)) is None
-    assert gguf.scales_of(np.zeros(82, np.uint8), TYPES["IQ2_S"], (1, 256)) is None
+    assert gguf.scales_of(np.zeros(82, np.uint8), TYPES["IQ2_S"], (1, 256)).shape == (1, 16)

@@ -35,6 +35,8 @@ WEIGHT_ONLY += [
     "mxfp8a16",
 ]
 SHAPE = (192, 576)
+_quantize = jax.jit(quantize, static_argnames=("scheme", "axes"))
+_matmul = jax.jit(ops.matmul)
 
 
 def case(scheme, seed=0, shape=SHAPE):
@@ -44,7 +46,7 @@ def case(scheme, seed=0, shape=SHAPE):
     )
     x = rng.standard_normal((13, shape[1])).astype(np.float32)
     x[:, 7] *= 20
-    return x, quantize(w, scheme, ("out", "in"))
+    return x, _quantize(w, scheme, ("out", "in"))
 
 
 @pytest.mark.parametrize("scheme", [*ACTS, *WEIGHT_ONLY])
@@ -52,14 +54,14 @@ def test_matmul_against_float64(scheme):
     x, q = case(scheme)
     seen = ACTS.get(scheme, lambda a: a)(x.astype(np.float64))
     expected = seen @ oracle.weight(q).T
-    y = jax.jit(ops.matmul)(x, q)
+    y = _matmul(x, q)
     assert y.dtype == jnp.float32 and y.shape == (13, SHAPE[0])
     # A code that sits on a rounding boundary may fall either way in float32; it is rare.
     tolerance = 2e-3 if scheme in ACTS else 1e-6
     assert oracle.relative(y, expected) < tolerance
-    turned = ops.matmul(x, to_axes(q, ("in", "out")))
+    turned = _matmul(x, to_axes(q, ("in", "out")))
     assert oracle.relative(turned, expected) < tolerance
-    half = ops.matmul(jnp.asarray(x, jnp.bfloat16), q)
+    half = _matmul(jnp.asarray(x, jnp.bfloat16), q)
     assert half.dtype == jnp.bfloat16 and oracle.relative(half.astype(jnp.float32), expected) < 0.02
 
 

@@ -5,6 +5,7 @@ identity bit for bit, and an illegal cut names the legal ones.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,9 @@ from jaxquant.transforms.structure import (
 
 SHAPES = [(256, 256), (576, 384)]
 OUT_IN = ("out", "in")
+# A weight is one program, not one an operation; test_formats compares those with the definition.
+_quantize = jax.jit(quantize, static_argnames=("scheme", "axes"))
+_dequantize = jax.jit(dequantize, static_argnames="axes")
 
 
 def two_level(shape, code, inner, group, outer, affine="symmetric"):
@@ -66,9 +70,10 @@ def act_order(shape):
     return dataclasses.replace(q, perm=perm)
 
 
+@functools.cache
 def random_quantized(scheme, shape):
     w = np.random.default_rng(2).standard_normal(shape).astype(np.float32)
-    return jax.tree.map(np.asarray, quantize(w, scheme, OUT_IN))
+    return jax.tree.map(np.asarray, _quantize(w, scheme, OUT_IN))
 
 
 BUILDERS = {
@@ -111,7 +116,7 @@ def assert_same(a: QTensor, b: QTensor) -> None:
 
 
 def value(q: QTensor, axes=OUT_IN) -> np.ndarray:
-    return np.asarray(dequantize(q, axes=axes))
+    return np.asarray(_dequantize(q, axes=axes))
 
 
 @pytest.mark.parametrize("name,shape", CASES)
@@ -156,7 +161,7 @@ def test_stack_and_index(name, shape):
     assert_same(unstack(both)[0], q)
     assert_same(unstack(both)[1], other)
     np.testing.assert_array_equal(value(both)[1], value(other))
-    mapped = jax.vmap(lambda part: dequantize(part))(jax.tree.map(jnp.asarray, both))
+    mapped = jax.jit(jax.vmap(lambda part: dequantize(part)))(both)
     np.testing.assert_array_equal(np.asarray(mapped)[0], value(q))
     assert_same(index_lead(both, slice(1, 2)), stack([other]))
 
