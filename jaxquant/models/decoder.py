@@ -42,9 +42,13 @@ class DecoderLayer(nnx.Module):
         self, x: jax.Array, step: Step, cache: Entries | None
     ) -> tuple[jax.Array, Entries | None]:
         """``[batch, token, hidden]`` to the same and the layer's updated cache."""
-        mixed, cache = self.self_attn(self.input_layernorm(x), step, cache)
+        normed = self.input_layernorm.quantized(x, self.self_attn.reads())
+        mixed, cache = self.self_attn(normed, step, cache)
         x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        norm, mlp = self.post_attention_layernorm, self.mlp
+        if isinstance(mlp, MoE):  # its router takes the input as it is
+            return x + mlp(norm(x)), cache
+        return x + mlp(norm.quantized(x, mlp.reads())), cache
 
 
 @functools.partial(jax.jit, static_argnums=0)

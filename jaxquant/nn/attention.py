@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from jaxquant import ops
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.nn.basic import RMSNorm
 from jaxquant.nn.cache import Slot, empty_entry, read, write
-from jaxquant.nn.linear import Buffer, Linear
+from jaxquant.nn.joined import JoinedLinear
+from jaxquant.nn.linear import Buffer, Linear, Weights, readers
 from jaxquant.nn.rope import Rope, rotate, rotation
 
 MASKED = -1e30
@@ -135,6 +137,7 @@ class Attention(nnx.Module):
 
     Attributes:
         q_proj, k_proj, v_proj, o_proj: projections, biases where the family has them.
+        qkv_proj: q, k and v as one, which a prepared model may have in place of the three.
         q_norm, k_norm: per-head RMSNorm before the rotation (Qwen3), or None.
         k_scale, v_scale: scales of an fp8 key-value cache, one or one per head; or None.
         heads: static shape.
@@ -149,7 +152,11 @@ class Attention(nnx.Module):
         norms: tuple[RMSNorm, RMSNorm] | None = None,
         scales: tuple[Any, Any] | None = None,
     ) -> None:
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = projections
+        q_proj, k_proj, v_proj, self.o_proj = projections
+        self.q_proj: Linear | None = q_proj
+        self.k_proj: Linear | None = k_proj
+        self.v_proj: Linear | None = v_proj
+        self.qkv_proj: JoinedLinear | None = None
         self.q_norm, self.k_norm = norms if norms is not None else (None, None)
         self.k_scale = None if scales is None else Buffer(scales[0])
         self.v_scale = None if scales is None else Buffer(scales[1])
@@ -168,22 +175,42 @@ class Attention(nnx.Module):
             empty_entry(batch, capacity, kv, dim, dtype, v_scale),
         )
 
+    def reads(self) -> Weights:
+        """The weights that read the input."""
+        if self.qkv_proj is not None:
+            return readers(self.qkv_proj)
+        assert self.q_proj and self.k_proj and self.v_proj
+        return readers(self.q_proj, self.k_proj, self.v_proj)
+
+    def _project(self, x: jax.Array | ops.QActivation) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values, ``[batch, token, heads, dim]`` each."""
+        heads = self.heads
+        if self.qkv_proj is not None:
+            ends = [heads.query * heads.dim, (heads.query + heads.kv) * heads.dim]
+            q, k, v = jnp.split(self.qkv_proj(x), ends, axis=-1)
+        else:
+            assert self.q_proj and self.k_proj and self.v_proj
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return (
+            q.reshape(*x.shape[:2], heads.query, heads.dim),
+            k.reshape(*x.shape[:2], heads.kv, heads.dim),
+            v.reshape(*x.shape[:2], heads.kv, heads.dim),
+        )
+
     def __call__(
-        self, x: jax.Array, step: Step, cache: Entries | None = None
+        self, x: jax.Array | ops.QActivation, step: Step, cache: Entries | None = None
     ) -> tuple[jax.Array, Entries | None]:
         """Attend to the step's own tokens, or to the cache after writing them into it.
 
         Args:
-            x: ``[batch, token, hidden]``.
+            x: ``[batch, token, hidden]``, maybe quantized for the weights that :meth:`reads` gives.
             step: positions and rotation.
             cache: this layer's entries, or None.
         Returns:
             ``[batch, token, hidden]`` and the updated entries.
         """
         batch, token, _ = x.shape
-        q = self.q_proj(x).reshape(batch, token, self.heads.query, self.heads.dim)
-        k = self.k_proj(x).reshape(batch, token, self.heads.kv, self.heads.dim)
-        v = self.v_proj(x).reshape(batch, token, self.heads.kv, self.heads.dim)
+        q, k, v = self._project(x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(self.rope, q, step.cos, step.sin)

@@ -11,7 +11,8 @@ from flax import nnx
 from jaxquant import ops
 from jaxquant.arrays.qtensor import dense
 from jaxquant.errors import ConfigError
-from jaxquant.nn.linear import Linear
+from jaxquant.nn.joined import JoinedLinear
+from jaxquant.nn.linear import Linear, Weights, readers
 
 Activation = Literal["silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu"]
 
@@ -68,22 +69,46 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[..., features] -> [..., features]`` in the dtype of ``x``."""
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        return (wide * self.weight.get_value().astype(jnp.float32)).astype(x.dtype)
+        return ops.rms_norm(x, self.weight.get_value(), self.epsilon)
+
+    def quantized(self, x: jax.Array, weights: Weights) -> jax.Array | ops.QActivation:
+        """The same for linears of these weights, quantized where all want it in the same way."""
+        return ops.rms_norm_quantize(x, self.weight.get_value(), self.epsilon, weights)
 
 
 class MLP(nnx.Module):
-    """``down(act(gate(x)) * up(x))``."""
+    """``down(act(gate(x)) * up(x))``.
+
+    Attributes:
+        gate_proj, up_proj, down_proj: linears.
+        gate_up_proj: gate and up as one, which a prepared model may have in place of the two.
+        hidden_act: gate activation.
+    """
 
     def __init__(
         self, gate_proj: Linear, up_proj: Linear, down_proj: Linear, hidden_act: str
     ) -> None:
-        self.gate_proj = gate_proj
-        self.up_proj = up_proj
+        self.gate_proj: Linear | None = gate_proj
+        self.up_proj: Linear | None = up_proj
+        self.gate_up_proj: JoinedLinear | None = None
         self.down_proj = down_proj
         self.hidden_act = hidden_act
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def reads(self) -> Weights:
+        """The weights that read the input."""
+        if self.gate_up_proj is not None:
+            return readers(self.gate_up_proj)
+        assert self.gate_proj is not None and self.up_proj is not None
+        return readers(self.gate_proj, self.up_proj)
+
+    def __call__(self, x: jax.Array | ops.QActivation) -> jax.Array:
         """``[..., hidden] -> [..., hidden]``."""
-        return self.down_proj(activation(self.hidden_act, self.gate_proj(x)) * self.up_proj(x))
+        if self.gate_up_proj is not None:
+            both = self.gate_up_proj(x)
+            if self.hidden_act in ("silu", "swish"):
+                return self.down_proj(ops.silu_mul_quantize(both, readers(self.down_proj)))
+            gate, up = jnp.split(both, 2, axis=-1)
+        else:
+            assert self.gate_proj is not None and self.up_proj is not None
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(activation(self.hidden_act, gate) * up)

@@ -10,6 +10,9 @@ from flax import nnx
 from jaxquant import ops
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.errors import LayoutError
+from jaxquant.ops.prepared import Prepared
+
+Weights = tuple[QTensor | Prepared, ...]
 
 
 class QWeight(nnx.Variable[Any]):
@@ -32,7 +35,7 @@ class Linear(nnx.Module):
         dtype: what inputs are cast to first; None keeps them as they are.
     """
 
-    def __init__(self, weight: QTensor, bias: Any = None, dtype: Any = None) -> None:
+    def __init__(self, weight: QTensor | Prepared, bias: Any = None, dtype: Any = None) -> None:
         if sorted(weight.axes) != ["in", "out"] or weight.lead:
             raise LayoutError("Linear", f"a weight {weight!r}", "axes 'out' and 'in', nothing else")
         if bias is not None and tuple(bias.shape) != (weight.extent("out"),):
@@ -42,9 +45,19 @@ class Linear(nnx.Module):
         self.bias = None if bias is None else nnx.Param(bias)
         self.dtype = dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``[..., in] -> [..., out]`` in the dtype of ``x`` (or ``self.dtype``)."""
-        if self.dtype is not None:
+    def __call__(self, x: jax.Array | ops.QActivation) -> jax.Array:
+        """``[..., in] -> [..., out]`` in the dtype of ``x`` (or ``self.dtype``).
+
+        ``x`` may be quantized already, by an op that knew the weight (see :func:`readers`).
+        """
+        if self.dtype is not None and not isinstance(x, ops.QActivation):
             x = x.astype(self.dtype)
         y = ops.matmul(x, self.weight.get_value())
         return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
+
+
+def readers(*linears: Linear) -> Weights:
+    """The weights of linears that read one input; () where one of them casts it first."""
+    if any(linear.dtype is not None for linear in linears):
+        return ()
+    return tuple(linear.weight.get_value() for linear in linears)

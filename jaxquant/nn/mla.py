@@ -18,11 +18,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxquant import ops
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.nn.attention import Entries, Step, attend, einsum, probabilities
 from jaxquant.nn.basic import RMSNorm
 from jaxquant.nn.cache import empty_entry, read, write
-from jaxquant.nn.linear import Linear
+from jaxquant.nn.joined import JoinedLinear
+from jaxquant.nn.linear import Linear, Weights, readers
 from jaxquant.nn.rope import Rope, rotate
 from jaxquant.transforms.numeric import dequantize
 
@@ -55,6 +57,8 @@ class LatentAttention(nnx.Module):
         q_proj: queries, or None where they too are compressed by
         q_a_proj, q_a_layernorm, q_b_proj.
         kv_a_proj_with_mqa, kv_a_layernorm: hidden to latent and rotary key.
+        qkv_a_proj: q_a_proj and kv_a_proj_with_mqa as one, which a prepared model may have in place
+            of the two.
         kv_b_proj: latent to every head's keys and values, ``[heads * (nope + value), latent]``.
         o_proj: output projection.
         heads: static shape.
@@ -71,8 +75,11 @@ class LatentAttention(nnx.Module):
     ) -> None:
         compressed = isinstance(query, tuple)
         self.q_proj = None if compressed else query
-        self.q_a_proj, self.q_a_layernorm, self.q_b_proj = query if compressed else (None,) * 3
-        self.kv_a_proj_with_mqa, self.kv_a_layernorm, self.kv_b_proj = latent
+        q_a_proj, self.q_a_layernorm, self.q_b_proj = query if compressed else (None,) * 3
+        kv_a_proj, self.kv_a_layernorm, self.kv_b_proj = latent
+        self.q_a_proj: Linear | None = q_a_proj
+        self.kv_a_proj_with_mqa: Linear | None = kv_a_proj
+        self.qkv_a_proj: JoinedLinear | None = None
         self.o_proj = o_proj
         self.heads = heads
         self.rope = rope
@@ -84,9 +91,17 @@ class LatentAttention(nnx.Module):
             empty_entry(batch, capacity, 1, self.heads.rope, dtype),
         )
 
+    def reads(self) -> Weights:
+        """The weights that read the input."""
+        if self.qkv_a_proj is not None:
+            return readers(self.qkv_a_proj)
+        query = self.q_a_proj if self.q_proj is None else self.q_proj
+        assert query and self.kv_a_proj_with_mqa
+        return readers(query, self.kv_a_proj_with_mqa)
+
     def __call__(
         self,
-        x: jax.Array,
+        x: jax.Array | ops.QActivation,
         step: Step,
         cache: Entries | None = None,
         absorbed: bool | None = None,
@@ -94,7 +109,7 @@ class LatentAttention(nnx.Module):
         """Attend to the step's own tokens, or to the cache after writing them into it.
 
         Args:
-            x: ``[batch, token, hidden]``.
+            x: ``[batch, token, hidden]``, maybe quantized for the weights that :meth:`reads` gives.
             step: positions and rotation.
             cache: this layer's entries, or None.
             absorbed: which form to compute; by default the absorbed one for single cached tokens.
@@ -102,8 +117,11 @@ class LatentAttention(nnx.Module):
             ``[batch, token, hidden]`` and the updated entries.
         """
         batch, token, _ = x.shape
-        q_nope, q_rope = self._queries(x, step)
-        latent, k_rope = jnp.split(self.kv_a_proj_with_mqa(x), [self.heads.latent], axis=-1)
+        query, key = self._project(x)
+        q = query.reshape(batch, token, self.heads.heads, self.heads.nope + self.heads.rope)
+        q_nope, q_rope = jnp.split(q, [self.heads.nope], axis=-1)
+        q_rope = rotate(self.rope, q_rope, step.cos, step.sin)
+        latent, k_rope = jnp.split(key, [self.heads.latent], axis=-1)
         latent = self.kv_a_layernorm(latent)[:, :, None]
         k_rope = rotate(self.rope, k_rope[:, :, None], step.cos, step.sin)
         capacity = None
@@ -118,15 +136,21 @@ class LatentAttention(nnx.Module):
         mixed = form(q_nope, q_rope, latent[:, :, 0], k_rope, mask)
         return self.o_proj(mixed.reshape(batch, token, -1)), cache
 
-    def _queries(self, x: jax.Array, step: Step) -> tuple[jax.Array, jax.Array]:
-        if self.q_proj is not None:
-            q = self.q_proj(x)
+    def _project(self, x: jax.Array | ops.QActivation) -> tuple[jax.Array, jax.Array]:
+        """Queries of all heads; the latent with the rotary key, neither normed nor rotated."""
+        if self.qkv_a_proj is not None:
+            both = self.qkv_a_proj(x)
+            width = both.shape[-1] - self.heads.latent - self.heads.rope
+            compressed, key = jnp.split(both, [width], axis=-1)
         else:
-            assert self.q_a_proj and self.q_a_layernorm and self.q_b_proj
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        q = q.reshape(*x.shape[:2], self.heads.heads, self.heads.nope + self.heads.rope)
-        q_nope, q_rope = jnp.split(q, [self.heads.nope], axis=-1)
-        return q_nope, rotate(self.rope, q_rope, step.cos, step.sin)
+            assert self.kv_a_proj_with_mqa
+            key = self.kv_a_proj_with_mqa(x)
+            if self.q_proj is not None:
+                return self.q_proj(x), key
+            assert self.q_a_proj
+            compressed = self.q_a_proj(x)
+        assert self.q_a_layernorm and self.q_b_proj
+        return self.q_b_proj(self.q_a_layernorm.quantized(compressed, readers(self.q_b_proj))), key
 
     def _plain(
         self,

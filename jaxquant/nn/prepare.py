@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import re
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flax import nnx
 
 from jaxquant.arrays.qtensor import QTensor
+from jaxquant.nn.attention import Attention
+from jaxquant.nn.basic import MLP
+from jaxquant.nn.joined import JoinedLinear, cut_linear, join_linears
 from jaxquant.nn.linear import Linear, QWeight
+from jaxquant.nn.mla import LatentAttention
 from jaxquant.nn.moe import PROJECTIONS, Experts
 from jaxquant.ops.prepared import Prepared, prepare, unprepare
 from jaxquant.ops.prepared_bank import join_banks, prepare_bank, split_bank, unprepare_bank
 
 Model = TypeVar("Model", bound=nnx.Module)
+
+# Linears of a module that read one input, and what holds them joined.
+_JOINS: tuple[tuple[type[nnx.Module], tuple[str, ...], str], ...] = (
+    (Attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    (LatentAttention, ("q_a_proj", "kv_a_proj_with_mqa"), "qkv_a_proj"),
+    (MLP, ("gate_proj", "up_proj"), "gate_up_proj"),
+)
 
 # Absorbed latent attention cuts this weight by head, which kernel order does not allow.
 _STRUCTURAL = re.compile(r"(^|\.)kv_b_proj$")
@@ -22,16 +33,19 @@ _STRUCTURAL = re.compile(r"(^|\.)kv_b_proj$")
 def prepare_model(model: Model) -> Model:
     """Return the model with every weight in kernel order, where a kernel has one.
 
-    Experts' gate and up projections become one bank where their layouts allow.
+    Projections that read one input (q, k and v; gate and up, also those of experts) become one
+    weight where their layouts allow and a kernel takes it.
 
     A pure transform with an exact inverse, to be made last: prepared weights cannot be cut, joined
     or sharded.  :func:`jaxquant.from_pretrained` does it where the machine has such kernels;
-    weights are converted one by one, so that only one of them is in memory twice.
+    weights are converted module by module, so that only those of one are in memory twice.
 
     Args:
         model: any NNX model with :class:`jaxquant.Linear` layers; it is left as it was.
     """
     prepared = nnx.clone(model)
+    for module, names, joined in _joins(prepared):
+        _join(module, names, joined)
     for path, node in list(nnx.iter_graph(prepared)):
         if isinstance(node, Experts):
             _prepare_experts(node)
@@ -45,6 +59,8 @@ def prepare_model(model: Model) -> Model:
 def unprepare_model(model: Model) -> Model:
     """Exact inverse of :func:`prepare_model`."""
     plain = nnx.clone(model)
+    for module, names, joined in _joins(plain):
+        _cut(module, names, joined)
     for _, node in list(nnx.iter_graph(plain)):
         if isinstance(node, Experts):
             _unprepare_experts(node)
@@ -56,6 +72,8 @@ def unprepare_model(model: Model) -> Model:
 def is_prepared(model: nnx.Module) -> bool:
     """Return whether :func:`prepare_model` changed anything in this model."""
     for _, node in nnx.iter_graph(model):
+        if isinstance(node, JoinedLinear):
+            return True
         if isinstance(node, Linear) and isinstance(node.weight.get_value(), Prepared):
             return True
         if isinstance(node, Experts):
@@ -65,6 +83,33 @@ def is_prepared(model: nnx.Module) -> bool:
             if any(isinstance(part, Prepared) for bank in banks for part in bank.parts):
                 return True
     return False
+
+
+def _joins(model: nnx.Module) -> list[tuple[nnx.Module, tuple[str, ...], str]]:
+    """Every module with linears that read one input, with their names and that of the joined."""
+    return [
+        (node, names, joined)
+        for _, node in nnx.iter_graph(model)
+        for kind, names, joined in _JOINS
+        if isinstance(node, kind)
+    ]
+
+
+def _join(module: nnx.Module, names: tuple[str, ...], joined: str) -> None:
+    linears: list[Any] = [getattr(module, name) for name in names]
+    both = None if None in linears else join_linears(linears)
+    if both is not None:
+        setattr(module, joined, nnx.data(both))
+        for name in names:
+            setattr(module, name, nnx.static(None))
+
+
+def _cut(module: nnx.Module, names: tuple[str, ...], joined: str) -> None:
+    both = getattr(module, joined)
+    if both is not None:
+        setattr(module, joined, nnx.static(None))
+        for name, linear in zip(names, cut_linear(both), strict=True):
+            setattr(module, name, nnx.data(linear))
 
 
 def _prepare_experts(experts: Experts) -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+import pallas_kernels as pk
 from jaxquant.arrays.scheme import ActSpec
 from jaxquant.transforms.numeric import E2M1_THRESHOLDS, encode_values, power_of_two_scale
 
 
 def gate(x: jax.Array) -> jax.Array:
-    """``silu(gate) * up`` of ``[rows, 2 in]``, gate then up."""
-    first, second = jnp.split(x, 2, axis=1)
+    """``silu(gate) * up`` of ``[..., 2 in]``, gate then up."""
+    first, second = jnp.split(x, 2, axis=-1)
     return jax.nn.silu(first) * second
 
 
@@ -31,8 +34,8 @@ class Activated(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizedActivation:
-    """An activation as codes.
+class ExactCodes:
+    """An activation as codes in the form that the XLA path computes with.
 
     Attributes:
         codes: ``[..., in]`` numbers of the code's alphabet, exact in float32.
@@ -52,6 +55,83 @@ class QuantizedActivation:
         if not self.group:
             return value * self.scale
         return value * jnp.repeat(self.scale, self.group, axis=-1)[..., : value.shape[-1]]
+
+    def take(self, source: jax.Array) -> ExactCodes:
+        """Rows ``source`` of ``[tokens, in]``; negative ones give any row."""
+
+        def rows(leaf: jax.Array) -> jax.Array:
+            return jnp.take(leaf, source, axis=0, mode="clip")  # to 0, where all rows share one
+
+        zero = None if self.zero is None else rows(self.zero)
+        return ExactCodes(rows(self.codes), rows(self.scale), zero, self.group)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("codes", "scale", "zero"),
+    meta_fields=("act", "dtype"),
+)
+@dataclasses.dataclass(frozen=True)
+class QActivation:
+    """An activation that travels quantized, from the op that made it to every matmul it enters.
+
+    ``matmul`` takes one in place of a dense activation where the weight asks for this quantization.
+    Scales lie as the kernels read them.  With R rows, the product of the leading extents:
+
+    Attributes:
+        codes: ``[..., in]`` in the storage dtype of ``act.code``.
+        scale: f32, ``[R, 1]`` per token, ``[1, 1]`` per tensor, or ``[in / group, R]`` per group,
+            then with R rounded up to 4 columns, of which the last are undefined.
+        zero: int32, as ``scale``; None for symmetric codes.  value = (codes - zero) x scale.
+        act: how it was quantized.
+        dtype: what the dense activation would have; so do results.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    zero: jax.Array | None
+    act: ActSpec
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the dense activation, ``[..., in]``."""
+        return self.codes.shape
+
+    @property
+    def ndim(self) -> int:
+        """Its rank."""
+        return self.codes.ndim
+
+    @classmethod
+    def of(cls, made: pk.Quantized, like: jax.Array, act: ActSpec) -> QActivation:
+        """The rows that were made of ``like``, in its shape (but for the last axis) and dtype."""
+        codes = made.codes.reshape(*like.shape[:-1], made.codes.shape[-1])
+        return cls(codes, made.scale, made.zero, act, like.dtype)
+
+    def rows(self) -> pk.Quantized:
+        """The operands of a kernel, codes ``[R, in]``."""
+        return pk.Quantized(self.codes.reshape(-1, self.shape[-1]), self.scale, self.zero)
+
+    def exact(self) -> ExactCodes:
+        """The same for the XLA path."""
+        group, lead = self.act.group_size or 0, self.shape[:-1]
+        scale, zero = self.scale, self.zero
+        if group:
+            scale = scale[:, : math.prod(lead)].T
+        shape = (*lead, -1) if self.act.granularity != "tensor" else (1,) * self.ndim
+        wide = None if zero is None else zero.astype(jnp.float32).reshape(shape)
+        return ExactCodes(_rounded(self.codes), scale.reshape(shape), wide, group)
+
+
+def as_rows(made: ExactCodes, act: ActSpec) -> pk.Quantized:
+    """Codes of the XLA path as operands of a kernel; see :class:`QActivation` for their shapes."""
+    codes = made.codes.reshape(-1, made.codes.shape[-1]).astype(act.code.storage)
+    scale = made.scale.reshape(-1, made.scale.shape[-1])
+    if made.group:
+        scale = jnp.pad(scale.T, ((0, 0), (0, -scale.shape[0] % 4)))
+    zero = None if made.zero is None else made.zero.reshape(-1, 1).astype(jnp.int32)
+    return pk.Quantized(codes, scale, zero)
 
 
 def _rounded(codes: jax.Array) -> jax.Array:
@@ -101,7 +181,7 @@ def _dynamic_scale(amax: jax.Array, spec: ActSpec, tensor_scale: Any) -> jax.Arr
     return jnp.where(amax > 0, scale, 1.0)
 
 
-def quantize_activation(x: jax.Array, q: Activated) -> QuantizedActivation:
+def quantize_activation(x: jax.Array, q: Activated) -> ExactCodes:
     """Quantize ``x`` as ``q.act`` says.
 
     Args:
@@ -119,7 +199,7 @@ def quantize_activation(x: jax.Array, q: Activated) -> QuantizedActivation:
         scaled = _divide(x, static) if zero is None else _divide(x, static) + zero
         ones = (1,) * x.ndim
         codes = _round_to_code(scaled, spec)
-        return QuantizedActivation(
+        return ExactCodes(
             codes, static.reshape(ones), None if zero is None else zero.reshape(ones), 0
         )
     group = spec.group_size if spec.granularity == "group" and spec.group_size else 0
@@ -156,4 +236,4 @@ def quantize_activation(x: jax.Array, q: Activated) -> QuantizedActivation:
     scale = jnp.broadcast_to(scale[..., 0], (*blocks.shape[:-1],)).reshape(rows)
     if zero is not None:
         zero = jnp.broadcast_to(zero[..., 0], (*blocks.shape[:-1],)).reshape(rows)
-    return QuantizedActivation(codes, scale, zero, group)
+    return ExactCodes(codes, scale, zero, group)

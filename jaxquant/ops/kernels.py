@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pallas_kernels as pk
 from jaxquant.arrays.layout import WHOLE
 from jaxquant.arrays.qtensor import QTensor
-from jaxquant.ops.activations import gate, quantize_activation
+from jaxquant.ops.activations import QActivation, as_rows, gate, quantize_activation
 from jaxquant.ops.prepared import Prepared, refusal
 
 GROUP = 128
@@ -28,12 +28,12 @@ class Candidate(NamedTuple):
     Attributes:
         name: the op in ``pallas_kernels``.
         reason: why it does not take the problem, None when it does.
-        run: ``run(x, weight, interpret)`` with ``x`` ``[rows, in]``.
+        run: ``run(x, weight, interpret)`` with ``x`` ``[rows, in]``, dense or quantized.
     """
 
     name: str
     reason: str | None
-    run: Callable[[jax.Array, Any, bool], jax.Array]
+    run: Callable[[Any, Any, bool], jax.Array]
 
 
 def candidates(x: jax.ShapeDtypeStruct, weight: QTensor | Prepared) -> list[Candidate]:
@@ -83,8 +83,8 @@ def _refused_w4a8(x: jax.ShapeDtypeStruct, weight: Prepared) -> str | None:
     )
 
 
-def _run_w4a8(x: jax.Array, weight: Prepared, interpret: bool) -> jax.Array:
-    if weight.pre_scale is not None:
+def _run_w4a8(x: jax.Array | QActivation, weight: Prepared, interpret: bool) -> jax.Array:
+    if weight.pre_scale is not None and not isinstance(x, QActivation):
         x = x * weight.pre_scale.reshape(-1).astype(x.dtype)
     quantized = quantize(x, weight, interpret)
     codes = quantized.codes if weight.perm is None else quantized.codes[:, weight.perm]
@@ -107,8 +107,30 @@ def scale_layout(q: QTensor | Prepared) -> str | None:
     return "1x128" if whole and act.dynamic else None
 
 
+def quantize_options(q: QTensor | Prepared) -> dict[str, Any]:
+    """What ``pk.quantize`` has to know to make the codes that a weight asks for."""
+    act, layout = q.act, scale_layout(q)
+    assert act is not None and layout is not None
+    options: dict[str, Any] = {"dtype": act.code.storage, "layout": layout}
+    if layout != "tensor":
+        return options | {"symmetric": act.symmetric}
+    zero = None if q.act_zero is None else q.act_zero.astype(jnp.int32).reshape(1, 1)
+    return options | {"scale": q.act_scale.astype(jnp.float32).reshape(1, 1), "zero": zero}
+
+
+def quantize_refusal(
+    x: jax.Array | jax.ShapeDtypeStruct, q: QTensor | Prepared, **fused: Any
+) -> str | None:
+    """Why no kernel makes the codes of ``x`` ``[rows, in]``, or None; ``fused`` as in ``pk``."""
+    act, options = q.act, quantize_options(q)
+    assert act is not None
+    if options["layout"] != "tensor" and act.symmetric and act.levels != act.code.max:
+        return f"{act.levels} levels are not those of the kernels"
+    return kernel_reason(lambda: pk.quantize_problem(x, **options, **fused), pk.QUANTIZE_KERNELS)
+
+
 def quantize(
-    x: jax.Array,
+    x: jax.Array | QActivation,
     q: QTensor | Prepared,
     interpret: bool,
     *,
@@ -118,35 +140,22 @@ def quantize(
     """Codes and scales in the kernels' form, by a kernel where one makes the same codes.
 
     Args:
-        x: ``[tokens, in]``; ``[tokens, 2 in]`` when ``gated``.
+        x: ``[tokens, in]``; ``[tokens, 2 in]`` when ``gated``; or codes, which have to be as ``q``
+            wants them, neither gated nor gathered.
         q: the weight that says how.
         interpret: run the kernel under the GPU interpreter.
         gated: quantize ``silu(gate) * up``, the halves of each row of ``x``.
         source: int32 ``[rows]``, the row of ``x`` that each row is made of; rows of a negative one
             have no defined values.
     """
-    act, layout = q.act, scale_layout(q)
-    assert act is not None and layout is not None
-    scale = None if q.act_scale is None else q.act_scale.astype(jnp.float32).reshape(1, 1)
-    zero = None if q.act_zero is None else q.act_zero.astype(jnp.int32).reshape(1, 1)
-    options: dict[str, Any] = {"dtype": act.code.storage, "layout": layout}
-    options |= {"scale": scale, "zero": zero} if layout == "tensor" else {}
-    options |= {} if layout == "tensor" else {"symmetric": act.symmetric}
-    options |= {"gated": gated, "source": source}
-    same_levels = layout == "tensor" or not act.symmetric or act.levels == act.code.max
-    reason = kernel_reason(lambda: pk.quantize_problem(x, **options), pk.QUANTIZE_KERNELS)
-    if same_levels and reason is None:
+    if isinstance(x, QActivation):
+        return x.rows()
+    assert q.act is not None
+    if quantize_refusal(x, q, gated=gated, source=source) is None:
+        options = quantize_options(q) | {"gated": gated, "source": source}
         return pk.quantize(x, **options, interpret=interpret)
     made = quantize_activation(gate(x) if gated else x, q)
-    codes = made.codes.astype(act.code.storage)
-    scales = made.scale.T if made.group else made.scale
-    zeros = None if made.zero is None else made.zero.astype(jnp.int32)
-    if source is None:
-        return pk.Quantized(codes, scales, zeros)
-    of_row = 1 if made.group else 0
-    scales = scales if scales.shape[of_row] == 1 else jnp.take(scales, source, of_row, mode="clip")
-    zeros = zeros if zeros is None or len(zeros) == 1 else jnp.take(zeros, source, 0, mode="clip")
-    return pk.Quantized(jnp.take(codes, source, 0, mode="clip"), scales, zeros)
+    return as_rows(made if source is None else made.take(source), q.act)
 
 
 def a8_refusal(q: QTensor) -> str | None:
@@ -207,7 +216,7 @@ def w_block(q: QTensor) -> tuple[int, int] | None:
     return None if group == WHOLE and block in (WHOLE, 1) else (block, group)
 
 
-def _run_a8(x: jax.Array, q: QTensor, interpret: bool) -> jax.Array:
+def _run_a8(x: jax.Array | QActivation, q: QTensor, interpret: bool) -> jax.Array:
     assert q.act is not None
     quantized = quantize(x, q, interpret)
     # The correction of a zero point needs the weight's row sums.

@@ -6,25 +6,29 @@ import jax
 
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.errors import LayoutError
+from jaxquant.ops.activations import QActivation
 from jaxquant.ops.backend import Backend, resolve
 from jaxquant.ops.prepared import Prepared
 from jaxquant.ops.select import run_matmul
 
 
-def matmul(x: jax.Array, q: QTensor | Prepared, *, backend: Backend | None = None) -> jax.Array:
+def matmul(
+    x: jax.Array | QActivation, q: QTensor | Prepared, *, backend: Backend | None = None
+) -> jax.Array:
     """Multiply activations with a weight in any layout.
 
     Activations are quantized first as ``q.act`` says (not at all, per token, per group, static).
 
     Args:
-        x: ``[..., in]`` float32, bfloat16 or float16.
+        x: ``[..., in]`` float32, bfloat16 or float16, or an activation that was quantized as
+            ``q.act`` says (with ``q``'s own scale, if that is static).
         q: a weight with axes ``in`` and ``out`` in some order, without leading axes.
         backend: "auto", "pallas", "xla" or "interpret"; by default the surrounding
             ``jaxquant.backend(...)`` context, else "auto".
     Returns:
         ``[..., out]`` in ``x.dtype``.
     Raises:
-        LayoutError: shapes do not fit, or ``q`` has leading axes.
+        LayoutError: shapes do not fit, ``q`` has leading axes, or ``x`` is quantized otherwise.
         KernelError: "pallas" or "interpret" was asked for and no kernel takes the problem.
     """
     if sorted(q.axes) != ["in", "out"] or q.lead:
@@ -37,5 +41,13 @@ def matmul(x: jax.Array, q: QTensor | Prepared, *, backend: Backend | None = Non
     if x.ndim < 1 or x.shape[-1] != q.extent("in"):
         raise LayoutError(
             "matmul", f"x of shape {x.shape}", f"the last axis is in = {q.extent('in')}"
+        )
+    if isinstance(x, QActivation) and (x.act != q.act or q.pre_scale is not None):
+        before = ", after a pre-scale" if q.pre_scale is not None else ""
+        raise LayoutError(
+            "matmul",
+            f"activations that are {x.act}",
+            f"the weight takes {q.act or 'unquantized ones'}{before}",
+            "pass the dense activation",
         )
     return run_matmul(x, q, resolve(backend))

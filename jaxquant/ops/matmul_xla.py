@@ -15,7 +15,7 @@ from jax import lax
 
 from jaxquant.arrays.layout import WHOLE
 from jaxquant.arrays.qtensor import QTensor
-from jaxquant.ops.activations import QuantizedActivation, quantize_activation
+from jaxquant.ops.activations import ExactCodes, QActivation, quantize_activation
 from jaxquant.transforms.numeric import code_values, dequantize, expand
 
 
@@ -68,46 +68,48 @@ def _code_matrix(q: QTensor) -> jax.Array:
     return values
 
 
-def matmul_xla(x: jax.Array, q: QTensor) -> jax.Array:
+def matmul_xla(x: jax.Array | QActivation, q: QTensor) -> jax.Array:
     """``[..., in] x q -> [..., out]`` in ``x.dtype``; see :func:`jaxquant.ops.matmul.matmul`."""
     in_axis = q.layout.index("in")
-    if q.pre_scale is not None:
+    if q.pre_scale is not None and not isinstance(x, QActivation):
         x = x * q.pre_scale.reshape(-1).astype(x.dtype)
-    act = quantize_activation(x, q) if q.act is not None else None
-    if q.perm is not None:
-        x, act = _gather(x, act, q.perm)
-        q = dataclasses.replace(q, perm=None)
-    if act is None:
-        y = _weight_only(x, q, in_axis)
-    elif _epilogue(q) and not act.group:
-        y = _both_in_epilogue(act, q, in_axis)
+    if isinstance(x, QActivation):
+        y = _quantized(x.exact(), q, in_axis)
+    elif q.act is not None:
+        y = _quantized(quantize_activation(x, q), q, in_axis)
     else:
-        y = _dot(act.dequantize(), dequantize(q, axes=q.axes), in_axis)
+        y = _weight_only(x, q, in_axis)
     return y.astype(x.dtype)
 
 
-def _gather(
-    x: jax.Array, act: QuantizedActivation | None, perm: jax.Array
-) -> tuple[jax.Array, QuantizedActivation | None]:
+def _quantized(act: ExactCodes, q: QTensor, in_axis: int) -> jax.Array:
+    if q.perm is not None:
+        act, q = _gather(act, q.perm), dataclasses.replace(q, perm=None)
+    if _epilogue(q) and not act.group:
+        return _both_in_epilogue(act, q, in_axis)
+    return _dot(act.dequantize(), dequantize(q, axes=q.axes), in_axis)
+
+
+def _gather(act: ExactCodes, perm: jax.Array) -> ExactCodes:
     """Bring activations into the order of act-order weight rows."""
-    if act is None:
-        # jax 0.11's CPU compiler fails on a dot of bfloat16 whose operand is a gather: keep apart.
-        return lax.optimization_barrier(jnp.take(x, perm, axis=-1)), None
     if act.group:
         value = jnp.take(act.dequantize(), perm, axis=-1)
-        ones = jnp.ones((*value.shape[:-1], 1), jnp.float32)
-        return x, QuantizedActivation(value, ones, None, 0)
-    return x, dataclasses.replace(act, codes=jnp.take(act.codes, perm, axis=-1))
+        return ExactCodes(value, jnp.ones((*value.shape[:-1], 1), jnp.float32), None, 0)
+    return dataclasses.replace(act, codes=jnp.take(act.codes, perm, axis=-1))
 
 
 def _weight_only(x: jax.Array, q: QTensor, in_axis: int) -> jax.Array:
+    if q.perm is not None:
+        # jax 0.11's CPU compiler fails on a dot of bfloat16 whose operand is a gather: keep apart.
+        x = lax.optimization_barrier(jnp.take(x, q.perm, axis=-1))
+        q = dataclasses.replace(q, perm=None)
     if not _epilogue(q):
         return _dot(x, dequantize(q, x.dtype, axes=q.axes), in_axis)
     # Codes of at most 8 bits are exact in bfloat16 and float16 alike (float16 holds e5m2 too).
     return _dot(x, _code_matrix(q).astype(x.dtype), in_axis) * _row(q.scales[0], q)
 
 
-def _both_in_epilogue(act: QuantizedActivation, q: QTensor, in_axis: int) -> jax.Array:
+def _both_in_epilogue(act: ExactCodes, q: QTensor, in_axis: int) -> jax.Array:
     weight = _code_matrix(q)
     assert q.act is not None
     if q.act.code.name == "int8" and q.layout.code.kind == "int":

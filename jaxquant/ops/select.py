@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,6 +15,7 @@ import pallas_kernels as pk
 from jaxquant.arrays.bank import ExpertBank, Run, StackedBank
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.errors import KernelError
+from jaxquant.ops.activations import QActivation
 from jaxquant.ops.backend import Backend
 from jaxquant.ops.grouped_kernels import GroupedCandidate, Operand, grouped_candidates
 from jaxquant.ops.grouped_xla import grouped_matmul_xla
@@ -52,6 +54,16 @@ def has_kernels() -> bool:
     return has_gpu() and pk.current_device().capability == "9.0"
 
 
+def tries_kernels(backend: Backend) -> bool:
+    """Whether a resolved backend looks for kernels at all."""
+    return backend in ("pallas", "interpret") or (backend == "auto" and has_gpu())
+
+
+def rows_of(x: jax.Array | QActivation) -> jax.ShapeDtypeStruct:
+    """``[..., in]`` as the kernels see it, ``[rows, in]``."""
+    return jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
+
+
 def _first(found: Sequence[C]) -> tuple[C | None, Reasons]:
     """The first candidate that takes the problem, and the reasons of those that do not."""
     taken = next((c for c in found if c.reason is None), None)
@@ -80,32 +92,37 @@ def explain_grouped(part: QTensor | Prepared, rows: int) -> Choice:
     return _explain(*_first(grouped_candidates(x, part, part.lead[0])))
 
 
-def _xla(x: jax.Array, weight: QTensor | Prepared) -> jax.Array:
+def _xla(x: jax.Array | QActivation, weight: QTensor | Prepared) -> jax.Array:
     return matmul_xla(x, unprepare(weight) if isinstance(weight, Prepared) else weight)
 
 
-def run_matmul(x: jax.Array, weight: QTensor | Prepared, backend: Backend) -> jax.Array:
+def run_matmul(
+    x: jax.Array | QActivation, weight: QTensor | Prepared, backend: Backend
+) -> jax.Array:
     """Run ``matmul`` on a resolved backend; dense weights need no kernel of ours."""
     strict = backend in ("pallas", "interpret")
-    if _dense(weight) or backend == "xla" or not (strict or has_gpu()):
+    if _dense(weight) or not tries_kernels(backend):
         return _xla(x, weight)
-    rows = x.reshape(-1, x.shape[-1])
-    taken, reasons = _first(candidates(jax.ShapeDtypeStruct(rows.shape, rows.dtype), weight))
+    taken, reasons = _first(candidates(rows_of(x), weight))
     if taken is None:
         if strict:
             raise KernelError("matmul", reasons, 'use backend="auto" for the XLA path')
         return _xla(x, weight)
-    kernel = functools.partial(_rows_of, taken)
+    kernel = functools.partial(_on_rows, taken)
     if backend == "auto":
         return lax.platform_dependent(x, weight, cuda=kernel, default=_xla)
     return kernel(x, weight, interpret=backend == "interpret")
 
 
-def _rows_of(
-    taken: Candidate, x: jax.Array, weight: QTensor | Prepared, interpret: bool = False
+def _on_rows(
+    taken: Candidate,
+    x: jax.Array | QActivation,
+    weight: QTensor | Prepared,
+    interpret: bool = False,
 ) -> jax.Array:
     """Run a kernel, which sees ``[rows, in]``, on ``[..., in]``."""
-    y = taken.run(x.reshape(-1, x.shape[-1]), weight, interpret)
+    rows = x if isinstance(x, QActivation) else x.reshape(-1, x.shape[-1])
+    y = taken.run(rows, weight, interpret)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -123,7 +140,7 @@ def run_grouped_matmul(
     """
     strict = backend in ("pallas", "interpret")
     slow = functools.partial(grouped_matmul_xla, gated=gated)
-    if backend == "xla" or not (strict or has_gpu()):
+    if not tries_kernels(backend):
         return slow(x, bank, group_sizes, source)
     rows = (x if source is None else source).shape[0]
     one = jax.eval_shape(StackedBank.cut, bank) if isinstance(bank, StackedBank) else bank

@@ -232,10 +232,14 @@ def test_a_model_is_prepared_and_saved_plain(tmp_path):
     packed = jq.prepare_model(small)
     ids = jnp.arange(8, dtype=jnp.int32)[None]
     np.testing.assert_array_equal(packed(ids), small(ids))
-    # Gate and up projections of experts have become one bank.
-    paths = {row.path.replace("gate_up_proj", "gate_proj") for row in jq.explain(packed).rows}
+    # Gate and up projections of experts have become one bank; q, k and v one weight.
+    paths = {
+        row.path.replace("gate_up_proj", "gate_proj").replace("qkv_proj", "q_proj")
+        for row in jq.explain(packed).rows
+    }
+    gone = (".experts.up_proj", ".k_proj", ".v_proj")
     plain = {row.path for row in jq.explain(small).rows}
-    assert paths == {path for path in plain if ".experts.up_proj" not in path}
+    assert paths == {path for path in plain if not any(name in path for name in gone)}
     kinds = {type(v.get_value()) for v in _weights(packed)}
     assert Prepared in kinds and Prepared not in {type(v.get_value()) for v in _weights(small)}
     assert Prepared not in {type(v.get_value()) for v in _weights(unprepare_model(packed))}
