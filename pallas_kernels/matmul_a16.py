@@ -15,6 +15,7 @@ from pallas_kernels.a16_configs import (
     decode_candidates,
     decode_shapes,
     fitting,
+    most_tokens,
     prefill_candidates,
     prefill_shapes,
 )
@@ -93,7 +94,8 @@ def _accepts_few(problem: Problem) -> str | None:
         return reason
     if _scales_weights(problem):
         return "leaves groups of 32 to the kernel that rounds scales into the weights"
-    return None if problem.m <= 64 else "takes at most 64 tokens"
+    most = most_tokens(problem)  # more would read the weights twice
+    return None if problem.m <= most else f"takes at most {most} tokens"
 
 
 def _accepts_many(problem: Problem) -> str | None:

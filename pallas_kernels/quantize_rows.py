@@ -88,12 +88,21 @@ def _candidates(problem: Problem) -> Iterator[QuantizeConfig]:
 
 
 def _default(problem: Problem) -> QuantizeConfig:
-    """Return the fewest parts that meet quickly, or else the most that read 16 bytes a thread."""
+    """Return the fewest parts that leave registers for several rows on a multiprocessor.
+
+    Few rows whose parts need not meet are spread over as many blocks as read 16 bytes a thread.
+    """
     choices = list(_candidates(problem))
-    if _joint(problem):
-        operands = 2 if problem.fused == "gated" else 1
-        return next((c for c in choices if c.values(problem) * operands < 64), choices[-1])
-    return [c for c in choices if c.values(problem) >= 8 or c.parts == choices[0].parts][-1]
+    many = problem.m >= 4 * problem.device.sms
+    if not (many or _joint(problem)):
+        return [c for c in choices if c.values(problem) >= 8 or c.parts == choices[0].parts][-1]
+    most = 16 if problem.fused == "gated" else 63
+    config = next((c for c in choices if c.values(problem) <= most), choices[-1])
+    # The norm's weight takes as many registers again: two warpgroups with more than some 40 values
+    # a thread leave room for one row, a single one with twice as many for two rows.
+    whole = choices[0]
+    crowded = problem.fused == "rms" and config.parts == 2 and config.values(problem) > 40
+    return whole if many and crowded and whole.values(problem) <= 112 else config
 
 
 def _layout(groups: int, widest: int) -> Any:

@@ -17,7 +17,7 @@ STAGE = 64
 MAX_BARRIERS = 32
 # Elements along one dimension of a TMA copy.
 MAX_COPY = 256
-# Tokens up to which one tile takes them all: decoding the weights once matters more than its width.
+# Tokens up to which the height of a tile follows their number.
 FEW = 32
 
 
@@ -86,11 +86,11 @@ class StreamConfig(Config):
     snake: int = 1
 
     def adapted(self, problem: Problem) -> Self:
-        """Return this config with a tile of as many tokens as there are, if these are few."""
-        few = 8 * cdiv(problem.m, 8)
-        if problem.experts or max(few, self.bm) > FEW:
+        """Return this config with one tile of all tokens, up to 64: weights are then read once."""
+        if problem.experts or problem.m > STAGE:
             return self
-        return dataclasses.replace(self, bm=few)
+        height = 8 * cdiv(problem.m, 8) if problem.m <= FEW else STAGE
+        return dataclasses.replace(self, bm=height)
 
     @property
     def workers(self) -> int:

@@ -10,7 +10,7 @@ import oracle
 import pytest
 
 from pallas_kernels import KernelError, xla
-from pallas_kernels.problem import H200
+from pallas_kernels.problem import H200, select
 from pallas_kernels.quantize import quantize, quantize_problem
 from pallas_kernels.quantize_rows import QUANTIZE_KERNELS, QuantizeConfig
 
@@ -198,6 +198,28 @@ def test_every_candidate_lowers_to_cuda(lower, k):
         assert "mosaic_gpu" in lower(
             lambda o, config=config: quantize(**o, **case.options, config=config), operands
         )
+
+
+@pytest.mark.parametrize(
+    ("layout", "fused", "parts"),
+    [
+        ("token", "", (1, 2, 2)),
+        ("1x128", "", (1, 2, 2)),
+        ("token", "rms", (1, 2, 1)),
+        ("1x128", "rms", (1, 2, 1)),
+        ("token", "gated", (2, 4, 7)),
+        ("1x128", "gated", (2, 4, 7)),
+    ],
+)
+def test_default_parts_are_within_4_percent_of_the_best(layout, fused, parts):
+    """For 8192 rows on an H200; docs/kernels_history.md has the times of the others."""
+    for k, expected in zip((4096, 8192, 14336), parts, strict=True):
+        case = Case(8192, k, layout=layout, fused=fused)
+        shapes = {"x": jax.ShapeDtypeStruct((8192, k * (1 + (fused == "gated"))), jnp.bfloat16)}
+        if fused == "rms":
+            shapes["rms_weight"] = jax.ShapeDtypeStruct((k,), jnp.bfloat16)
+        problem = quantize_problem(**shapes, **case.options)
+        assert select(QUANTIZE_KERNELS, problem) == (QUANTIZE_KERNELS[0], QuantizeConfig(expected))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 from a16_cases import (
     MXFP4,
     NVFP4,
+    Q8_0,
     QSERVE_CHANNEL,
     QSERVE_GROUP,
     TUNED_TWO_LEVEL,
@@ -73,11 +74,11 @@ def test_factors_and_float16_keep_the_configs_of_the_format():
     assert chosen(one) != chosen(Case(16, n=28672, k=4096))
 
 
-@pytest.mark.parametrize("case", [QSERVE_GROUP, MXFP4, Case(0)], ids=str)
-def test_few_tokens_are_one_tile(case):
+@pytest.mark.parametrize("case", [QSERVE_GROUP, MXFP4, Q8_0, Case(0)], ids=str)
+def test_up_to_64_tokens_are_one_tile(case):
     problem = problem_of(dataclasses.replace(case, m=8, n=6144, k=4096))
-    for m in (8, 16, 24, 32):
-        assert config_of(dataclasses.replace(problem, m=m))[1].bm >= m
+    for m in (8, 16, 24, 32, 40, 64):
+        assert m <= config_of(dataclasses.replace(problem, m=m))[1].bm <= 64
 
 
 def test_experts_keep_the_height_of_their_tiles():
@@ -85,4 +86,5 @@ def test_experts_keep_the_height_of_their_tiles():
     problem = problem_of(Case(24))
     assert config.adapted(problem).bm == 24
     assert config.adapted(dataclasses.replace(problem, experts=8)) == config
-    assert StreamConfig(bm=64).adapted(problem).bm == 64
+    assert config.adapted(dataclasses.replace(problem, m=40)).bm == 64
+    assert config.adapted(dataclasses.replace(problem, m=65)) == config
