@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,8 @@ class Tokenizer:
         text = _text(file, MAX_TOKENIZER_BYTES)
         if text.count("{") + text.count("[") > MAX_BRACKETS:
             raise FormatError(str(file), f"over {MAX_BRACKETS} lists and objects", "a vocabulary")
-        try:
+        with _failures(str(file), "not a tokenizer"):
             backend = tokenizers.Tokenizer.from_str(text)
-        # The library raises bare Exception for bad files, and panics, which are no Exception.
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-            raise FormatError(str(file), f"not a tokenizer ({error})"[:300]) from None
         settings = _read_json(folder / "tokenizer_config.json")
         template = settings.get("chat_template")
         if isinstance(template, list):
@@ -91,8 +87,13 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids of ``text``; ``special`` adds what the tokenizer puts around a text."""
-        return self._backend.encode(text, add_special_tokens=special).ids
+        """Token ids of ``text``; ``special`` adds what the tokenizer puts around a text.
+
+        Raises:
+            FormatError: the vocabulary has no token for a part of the text, nor for unknown parts.
+        """
+        with _failures("tokenizer.json", "a text cannot be encoded"):
+            return self._backend.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
@@ -124,6 +125,17 @@ class Tokenizer:
             return chat_template.render(self.chat_template, variables)
         except jinja2.TemplateError as error:
             raise ConfigError("chat", f"the template failed ({error})"[:2000]) from error
+
+
+@contextlib.contextmanager
+def _failures(where: str, found: str) -> Iterator[None]:
+    """Turn the library's errors into ours: bare Exception, and panics, which are no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit | TypeError):
+            raise
+        raise FormatError(where, f"{found} ({error})"[:300]) from None
 
 
 def _text(file: Path, limit: int) -> str:

@@ -28,7 +28,7 @@ class Case(NamedTuple):
         format: what it is exported to.
         scheme: what it is quantized to on the way.
         peer: whether a peer's package reads it on the CPU.
-        whole: whether transformers loads the whole model, dequantized.
+        whole: whether transformers loads the whole model: dequantized, or as it is (AWQ, GPTQ).
     """
 
     source: str
@@ -49,14 +49,14 @@ CASES = (
     Case("awq-g64-gemm-llama-s", "awq"),
     Case("ct-awq-w4a16-asym-llama", CT),
     Case("ct-awq-w4a16-asym-llama", "gptq"),
-    Case("ct-awq-w4a16-asym-llama", "awq"),
+    Case("ct-awq-w4a16-asym-llama", "awq", whole=True),
     Case("ct-mixed-fp8attn-w4mlp-llama", CT),
     Case("ct-mxfp4-llama", CT),
     Case("ct-nvfp4a16-llama", CT),
     Case("ct-w3a16-g128-llama", CT),
-    Case("ct-w3a16-g128-llama", "gptq"),
+    Case("ct-w3a16-g128-llama", "gptq", whole=True),
     Case("ct-w8a8-int8-static-asymact-llama", CT),
-    Case("ct012-w4a16-actorder-group-llama", "gptq"),
+    Case("ct012-w4a16-actorder-group-llama", "gptq", whole=True),
     Case("fp8block-dsstyle-dsv3", CT),
     Case("fp8block-dsstyle-dsv3", "fp8"),
     Case("gptq-4b-dynamic-llama", CT),

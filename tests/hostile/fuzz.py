@@ -89,7 +89,7 @@ def main() -> int:
     rng, total = random.Random(seed), 0
     for reader in sys.argv[2:] or READERS:
         tried, bugs = fuzz(reader, seconds, Path("fuzz_output"), rng)
-        print(f"{reader}: {tried} files, {bugs} bugs (seed {seed})", flush=True)
+        print(f"{reader}: {tried} files, {seconds:.0f} s, {bugs} bugs (seed {seed})", flush=True)
         total += bugs
     return min(total, 100)
 

@@ -56,6 +56,7 @@ CASES |= {
     if name not in ("pointer of Git LFS",)
 }
 CASES |= {
+    "no unknown word": lie(WORDS | {"model": {**WORDS["model"], "vocab": {"other": 1}}}),
     "no model": lie({k: v for k, v in WORDS.items() if k != "model"}),
     "model a text": lie(WORDS | {"model": "BPE"}),
     "model of an unknown type": lie(WORDS | {"model": {"type": "Magic", "vocab": {}}}),

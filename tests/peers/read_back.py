@@ -133,10 +133,30 @@ def fp8(folder: Path, config: dict) -> dict[str, torch.Tensor]:
     return reader.validate(tensors)
 
 
+def linears_of(folder: Path) -> dict[str, torch.Tensor]:
+    """What the quantized linears of transformers' own model make of the unit vectors, and the rest.
+
+    GPTQModel's linears stay packed, with the kernel that it chooses for this CPU.
+    """
+    from gptqmodel.nn_modules.qlinear import BaseQuantLinear
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, device_map="cpu")
+    found = {name: t.clone() for name, t in model.state_dict().items() if t.is_floating_point()}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseQuantLinear):
+            with torch.inference_mode():
+                weight = module(torch.eye(module.in_features, dtype=torch.float16)).T
+            found[f"{name}.weight"] = weight.float()
+    return found
+
+
 def whole_model(folder: Path, config: dict) -> dict[str, torch.Tensor]:
     """The state dict of transformers' own model, dequantized while it loads."""
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config
 
+    if config["quant_method"] in ("gptq", "awq"):
+        return linears_of(folder)
     if config["quant_method"] == "fp8":
         how = FineGrainedFP8Config(dequantize=True)
     else:
@@ -164,6 +184,7 @@ def main(folders: list[str]) -> None:
         save_file({name: t.contiguous() for name, t in found.items()}, folder / "peer.safetensors")
         if (folder / "whole_model").exists():
             state = whole_model(folder, config)
+            state = {name: t.contiguous() for name, t in state.items()}
             save_file(state, folder / "whole_model.safetensors")
 
 
