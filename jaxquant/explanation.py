@@ -67,7 +67,10 @@ class Explanation:
 
 def _row(path: str, q: QTensor | Prepared, choice: Choice) -> Row:
     act = str(q.act) if q.act else "-"
-    return Row(path, q.shape, str(q.layout), act, choice.kernel, q.nbytes, choice.reasons)
+    layout = str(q.layout)
+    if isinstance(q, Prepared) and q.members:
+        layout = " and ".join(f"{count} of {own}" for count, own in q.members) + " as one run"
+    return Row(path, q.shape, layout, act, choice.kernel, q.nbytes, choice.reasons)
 
 
 def explain(model_or_q: Any, batch: int = 1) -> Explanation:

@@ -25,7 +25,9 @@ from pallas_kernels.matmul_w4a8 import matmul_w4a8 as matmul_w4a8
 from pallas_kernels.matmul_w4a8 import w4a8_problem as w4a8_problem
 from pallas_kernels.prepack import Plain as Plain
 from pallas_kernels.prepack import Prepacked as Prepacked
+from pallas_kernels.prepack import drop_zeros as drop_zeros
 from pallas_kernels.prepack import prepack as prepack
+from pallas_kernels.prepack import store_zeros as store_zeros
 from pallas_kernels.prepack import unpack as unpack
 from pallas_kernels.problem import Config as Config
 from pallas_kernels.problem import Device as Device

@@ -258,6 +258,32 @@ def _unpack(weight: Prepacked, records: jax.Array) -> Plain:
     return Plain(split_planes(codes, record.code), (gather(scales), wide(0)), zeros)
 
 
+def store_zeros(weight: Prepacked) -> Prepacked | None:
+    """Return a weight of 4-bit codes with the zero points stored that it implies, 8 everywhere.
+
+    Codes, scales and values stay; `drop_zeros` is the exact inverse.  None for a weight of another
+    build, also for one whose zero points are stored.
+    """
+    record = weight.record
+    plain = record.code == "uint4" and record.operand == 16 and record.scale_bits in (16, 32)
+    more = record.zero or record.offset or record.product or weight.factor is not None
+    if not plain or more:
+        return None
+    record = dataclasses.replace(record, zero=True)
+    lead = weight.records.shape[:-2]
+    zeros = jnp.full((*lead, CHANNELS, record.groups), weight.record.excess, jnp.uint16)
+    rows = write_scale_rows(zeros | ZERO_BITS)
+    records = jnp.concatenate([weight.records, rows], axis=-2)
+    return dataclasses.replace(weight, records=records, record=record)
+
+
+def drop_zeros(weight: Prepacked) -> Prepacked:
+    """Exact inverse of `store_zeros`."""
+    record = dataclasses.replace(weight.record, zero=False)
+    records = weight.records[..., : record.rows, :]
+    return dataclasses.replace(weight, records=records, record=record)
+
+
 def factor_name(weight: Prepacked) -> str:
     """Return how the factors of a weight run: "", "one" or "n"."""
     if weight.factor is None:

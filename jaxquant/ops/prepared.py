@@ -23,7 +23,7 @@ from jaxquant.arrays.scheme import ActSpec
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("packed", "perm", "act_scale", "act_zero", "pre_scale"),
-    meta_fields=("layout", "act"),
+    meta_fields=("layout", "act", "members"),
 )
 @dataclasses.dataclass(frozen=True)
 class Prepared:
@@ -32,6 +32,7 @@ class Prepared:
     Attributes:
         packed: codes, scales and zero points in kernel order.
         perm, act_scale, act_zero, pre_scale, act, layout: those of the QTensor it was made from.
+        members: number of experts and layout of each run of a bank, where several are one here.
     """
 
     packed: pk.Prepacked
@@ -41,6 +42,7 @@ class Prepared:
     act_zero: Any = None
     pre_scale: Any = None
     act: ActSpec | None = None
+    members: tuple[tuple[int, Layout], ...] = ()
 
     @property
     def axes(self) -> tuple[str, ...]:

@@ -1,4 +1,7 @@
-"""Banks of experts in the order in which grouped kernels read them, and two banks as one.
+"""Banks of experts in the order in which grouped kernels read them; runs and banks as one.
+
+Every run is a launch, and for few tokens a launch without rows costs as much as one with them.
+Symmetric 4-bit weights beside such with zero points (GPTQ and AWQ) are one run here.
 
 Gate and up projections of a layer take the same rows.  Where their experts stand in equal runs of
 equal layouts, one bank with the channels of both is one launch instead of two, and quantizes the
@@ -8,12 +11,18 @@ rows once.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from jaxquant.arrays.bank import ExpertBank
+import pallas_kernels as pk
+from jaxquant.arrays.bank import ExpertBank, Run
+from jaxquant.arrays.codes import CODES
 from jaxquant.arrays.layout import WHOLE
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.ops.prepared import Prepared, prepare, unprepare
@@ -24,15 +33,88 @@ _BLOCKS = -3
 
 
 def prepare_bank(bank: ExpertBank) -> ExpertBank:
-    """Bring every run into kernel order, where a kernel has one."""
-    parts = (prepare(part) if isinstance(part, QTensor) else part for part in bank.parts)
-    return ExpertBank(tuple(parts), bank.runs)
+    """Bring every run into kernel order, where a kernel has one.
+
+    Neighbouring runs of 4-bit weights that differ in nothing but whether they have zero points
+    become one, and so one launch: zero points of 8 are stored where they were implied.
+    """
+    parts = [prepare(part) if isinstance(part, QTensor) else part for part in bank.parts]
+    kinds = map(_kind, range(len(parts)), parts, bank.runs)
+    merged: list[Any] = []
+    runs: list[Run] = []
+    for _, group in itertools.groupby(zip(kinds, parts, bank.runs, strict=True), lambda x: x[0]):
+        own = list(group)
+        kin = [part for _, part, _ in own]
+        merged.append(_merge(kin) if len(kin) > 1 else kin[0])
+        runs.append(Run(own[0][2].start, own[-1][2].stop))
+    return ExpertBank(tuple(merged), tuple(runs))
 
 
 def unprepare_bank(bank: ExpertBank) -> ExpertBank:
     """Exact inverse of :func:`prepare_bank`."""
-    parts = (unprepare(part) if isinstance(part, Prepared) else part for part in bank.parts)
-    return ExpertBank(tuple(parts), bank.runs)
+    parts: list[Any] = []
+    runs: list[Run] = []
+    for part, run in zip(bank.parts, bank.runs, strict=True):
+        if isinstance(part, Prepared) and part.members:
+            counts = (count for count, _ in part.members)
+            ends = itertools.accumulate(counts, initial=run.start)
+            runs += itertools.starmap(Run, itertools.pairwise(ends))
+            parts += map(unprepare, _members(part))
+        else:
+            parts.append(unprepare(part) if isinstance(part, Prepared) else part)
+            runs.append(run)
+    return ExpertBank(tuple(parts), tuple(runs))
+
+
+def _with_zeros(part: Prepared) -> Prepared:
+    """The same weight with its zero points stored, where it is one of 4 bits that implies them."""
+    packed = pk.store_zeros(part.packed) if part.layout.affine == "symmetric" else None
+    if packed is None:
+        return part
+    layout = part.layout
+    layout = dataclasses.replace(
+        layout, code=CODES["uint4"], affine="zero_point", zeros=layout.scales
+    )
+    return dataclasses.replace(part, packed=packed, layout=layout)
+
+
+def _kind(index: int, part: Any, run: Run) -> Any:
+    """What neighbouring runs share that can be one; those that cannot have their own index."""
+    # Of several devices' runs each device has a part: they do not stand next to each other.
+    if not isinstance(part, Prepared) or part.members or part.lead[-1] != run.stop - run.start:
+        return index
+    leaves, structure = jax.tree.flatten(jax.eval_shape(_with_zeros, part))
+    axis = len(part.lead) - 1
+    shapes = [(*leaf.shape[:axis], *leaf.shape[axis + 1 :]) for leaf in leaves]
+    return structure, tuple(shapes), tuple(str(leaf.dtype) for leaf in leaves)
+
+
+@jax.jit
+def _merge(parts: Sequence[Prepared]) -> Prepared:
+    axis = len(parts[0].lead) - 1
+    first, *rest = map(_with_zeros, parts)
+    merged = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis), first, *rest)
+    return dataclasses.replace(
+        merged, members=tuple((part.lead[-1], part.layout) for part in parts)
+    )
+
+
+@jax.jit
+def _members(part: Prepared) -> list[Prepared]:
+    """Exact inverse of :func:`_merge`."""
+    axis = len(part.lead) - 1
+    plain = dataclasses.replace(part, members=())
+    members, start = [], 0
+    for count, layout in part.members:
+        cut = functools.partial(
+            lax.slice_in_dim, start_index=start, limit_index=start + count, axis=axis
+        )
+        member = jax.tree.map(cut, plain)
+        if layout != part.layout:
+            member = dataclasses.replace(member, packed=pk.drop_zeros(member.packed), layout=layout)
+        members.append(member)
+        start += count
+    return members
 
 
 def _signature(part: Any) -> Any:

@@ -28,10 +28,19 @@ def signature(q: QTensor) -> Hashable:
     return structure, tuple((tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves)
 
 
-def _ranks(keys: Sequence[Hashable]) -> list[int]:
-    """Number each distinct key in order of first appearance."""
-    seen: dict[Hashable, int] = {}
-    return [seen.setdefault(key, len(seen)) for key in keys]
+def _kin(q: QTensor) -> Hashable:
+    """What weights share whose layouts kernels can read as one run, if they stand together."""
+    return q.layout.code.bits, q.layout.scales, q.act, q.perm is None, q.shape
+
+
+def _ranks(column: Sequence[QTensor]) -> list[int]:
+    """Number each distinct layout in order of first appearance, kin next to each other."""
+    keys = [signature(q) for q in column]
+    kin: dict[Hashable, dict[Hashable, None]] = {}
+    for q, key in zip(column, keys, strict=True):
+        kin.setdefault(_kin(q), {})[key] = None
+    number = {key: i for i, key in enumerate(itertools.chain.from_iterable(kin.values()))}
+    return [number[key] for key in keys]
 
 
 def _snake(classes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -85,7 +94,7 @@ def plan_experts(
     ]
     if problems:
         raise PlanError(where, problems)
-    columns = [_ranks([signature(q) for q in column]) for column in projections]
+    columns = [_ranks(column) for column in projections]
     members: dict[tuple[int, ...], list[int]] = collections.defaultdict(list)
     for expert, key in enumerate(zip(*columns, strict=True)):
         members[key].append(expert)

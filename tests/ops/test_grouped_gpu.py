@@ -33,7 +33,11 @@ UNIFORM = (
 )
 
 
-@pytest.mark.parametrize("kinds", [MIXED, *((kind,) * 8 for kind in UNIFORM)], ids=str)
+# GPTQ and AWQ in a layer with fp8: the first two are one run.
+KIN = ("w4a16_g128", "fp8_b128", "w4a16_g128_asym", "w4a16_g128") * 2
+
+
+@pytest.mark.parametrize("kinds", [MIXED, KIN, *((kind,) * 8 for kind in UNIFORM)], ids=str)
 def test_banks_on_the_device(kinds):
     bank = bank_of(kinds, (OUT, IN))
     packed = prepare_bank(bank)

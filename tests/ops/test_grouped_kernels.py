@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxquant as jq
 from jaxquant.arrays.bank import StackedBank
@@ -26,6 +27,7 @@ from jaxquant.transforms.experts import bank_experts, plan_experts
 from tests.ops import oracle
 
 OUT, IN = 128, 256
+SHAPES = ((OUT, IN), (OUT, IN), (IN, OUT))
 STATIC = ActSpec(CODES["e4m3"], "tensor", dynamic=False)
 
 
@@ -113,6 +115,75 @@ def test_prepared_banks_compute_the_same_and_come_back():
     assert packed.nbytes >= bank.nbytes and "int4" in repr(packed)
 
 
+KIN = ("w4a16_g128", "fp8", "w4a16_g128_asym", "w4a16_g128")
+
+
+def test_runs_that_differ_in_zero_points_alone_are_one():
+    bank = bank_of(KIN, (64, 128))
+    assert [run.stop for run in bank.runs] == [2, 3, 4]
+    packed = prepare_bank(bank)
+    assert [run.stop for run in packed.runs] == [3, 4]
+    # Layers in a stack, and gate and up in one bank, keep what the run was made of.
+    back = jax.jit(unprepare_bank)
+    same(back(packed), bank)
+    stacks = [jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), one) for one in (packed, bank)]
+    same(back(stacks[0]), stacks[1])
+    both = join_banks(packed, packed)
+    assert both is not None
+    same(split_bank(both)[1], packed)
+    sizes, x = jnp.asarray((2, 1, 3, 1), jnp.int32), rows(7, 128)
+    by_xla = jax.jit(jq.grouped_matmul)
+    expected = by_xla(x, bank, sizes)
+    np.testing.assert_array_equal(by_xla(x, packed, sizes), expected)
+    # Negative control: another zero point than the one that symmetric codes imply.
+    kin, other = packed.parts
+    record = kin.packed.record
+    nine = kin.packed.records.at[:2, :, record.code_rows + record.scale_rows :].add(0x00010001)
+    wrong = dataclasses.replace(kin, packed=dataclasses.replace(kin.packed, records=nine))
+    got = by_xla(x, dataclasses.replace(packed, parts=(wrong, other)), sizes)
+    np.testing.assert_array_equal(got[3:], expected[3:])
+    assert oracle.relative(got[:3].astype(jnp.float32), expected[:3].astype(jnp.float32)) > 0.1
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("w4a16_g128", "w4a16_g64_asym"),
+        ("w4a16_g64", "act-order"),
+        ("pre-scale", "w4a16_g128_asym"),
+        ("w4a8_g128", "w4a16_g128_asym"),
+        ("w8a16", "w4a16_g128_asym"),
+    ],
+    ids=str,
+)
+def test_runs_that_differ_in_more_stay_apart(kinds):
+    bank = bank_of(kinds)
+    assert len(bank.runs) == 2 and jax.eval_shape(prepare_bank, bank).runs == bank.runs
+
+
+def test_explain_says_which_runs_are_one():
+    columns = [[weight(kind, i, shape) for i, kind in enumerate(KIN)] for shape in SHAPES]
+    plan = plan_experts(columns)
+    gate, up, down = (bank_experts(plan, p, column.__getitem__) for p, column in enumerate(columns))
+    experts = Experts((gate, up, down), plan, "silu")
+    prepared = str(jq.explain(nnx.eval_shape(lambda: prepare_model(experts))))
+    assert "2 of int4[out,in] scale 1x128 and 1 of uint4[out,in]" in prepared
+    assert "as one run" in prepared and "as one run" not in str(jq.explain(experts))
+
+
+@pytest.mark.interpret
+def test_kernels_read_runs_that_are_one():
+    bank = bank_of(("w4a16_g128", "w4a16_g128_asym"), (64, 128))
+    packed = prepare_bank(bank)
+    assert len(packed.parts) == 1
+    sizes, x = jnp.asarray((2, 5), jnp.int32), rows(7, 128)
+    expected = jq.grouped_matmul(x, bank, sizes, backend="xla").astype(jnp.float32)
+    got = jq.grouped_matmul(x, packed, sizes, backend="interpret").astype(jnp.float32)
+    assert oracle.relative(got, expected) < 4e-3
+    wrong = jq.grouped_matmul(x, packed, sizes[::-1], backend="interpret").astype(jnp.float32)
+    assert oracle.relative(wrong, expected) > 0.1
+
+
 def same(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
@@ -157,7 +228,7 @@ def test_a_layer_lowers_to_kernels_alone(monkeypatch):
     """Under jit for a GPU: a kernel for each run, no host call, no loop of the XLA path."""
     monkeypatch.setattr(select, "has_gpu", lambda: True)
     kinds = ("w4a16_g128", "fp8", "w8a16")
-    banks = [bank_of(kinds, shape, i) for i, shape in enumerate([(OUT, IN), (OUT, IN), (IN, OUT)])]
+    banks = [bank_of(kinds, shape, i) for i, shape in enumerate(SHAPES)]
     plan = plan_experts([[weight(kind, i) for i, kind in enumerate(kinds)]] * 3)
     experts = prepare_model(Experts((banks[0], banks[1], banks[2]), plan, "silu"))
     assert experts.gate_proj is None and experts.gate_up_proj is not None

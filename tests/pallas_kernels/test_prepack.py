@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from a16_cases import FORMATS, NARROW, TWO_LEVEL, Case
 
-from pallas_kernels import KernelError, Prepacked, prepack, unpack
+from pallas_kernels import KernelError, Prepacked, drop_zeros, prepack, store_zeros, unpack
 from pallas_kernels.record import ZERO_BITS
 from pallas_kernels.xla_a16 import dequantize
 
@@ -102,6 +102,19 @@ def test_spot_positions_of_scales_and_zeros():
     assert scale_row[0] == raw[0] and scale_row[1] == raw[8]
     assert scale_row[2 * 9] == raw[17] and scale_row[2 * 9 + 1] == raw[25]
     assert zero_row[1] == ZERO_BITS | 8
+
+
+@pytest.mark.parametrize("scale", ["bfloat16", "float32"])
+def test_implied_zeros_are_stored_and_dropped(scale):
+    codes = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
+    scales = jnp.ones((64, 2), scale)
+    implied = prepack(jnp.asarray(codes), scales, group=64)
+    stored = prepack(jnp.asarray(codes), scales, jnp.full((64, 2), 8, jnp.uint8), group=64)
+    for got, want in ((store_zeros(implied), stored), (drop_zeros(stored), implied)):
+        assert got is not None and jax.tree.structure(got) == jax.tree.structure(want)
+        np.testing.assert_array_equal(got.records, want.records)
+    assert store_zeros(stored) is None
+    assert store_zeros(prepack(jnp.zeros((64, 128), jnp.int8), jnp.ones((64, 1)))) is None
 
 
 def test_bits_outside_the_codes_change_nothing_else():
