@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.a8_configs import (
+from pallas_kernels.a8_decode_configs import (
     CHANNELS,
     DecodeConfig,
     decode_candidates,

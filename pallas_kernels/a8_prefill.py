@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.a8_configs import (
+from pallas_kernels.a8_prefill_configs import (
     PrefillConfig,
     prefill_candidates,
     prefill_default,

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import a8_decode, a8_prefill
-from pallas_kernels.a8_configs import (
+from pallas_kernels.a8_decode_configs import (
     DecodeConfig,
-    PrefillConfig,
     grouped_decode_candidates,
     grouped_decode_default,
     grouped_decode_refuses,
+)
+from pallas_kernels.a8_prefill_configs import (
+    PrefillConfig,
     grouped_prefill_candidates,
     grouped_prefill_default,
     grouped_prefill_refuses,

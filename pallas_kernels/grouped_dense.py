@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import a8_decode, a8_prefill
-from pallas_kernels.a8_configs import (
+from pallas_kernels.a8_decode_configs import (
     DecodeConfig,
-    PrefillConfig,
     grouped_decode_candidates,
     grouped_decode_default,
+)
+from pallas_kernels.a8_prefill_configs import (
+    PrefillConfig,
     grouped_prefill_candidates,
     grouped_prefill_default,
 )

@@ -202,6 +202,8 @@ def require_hopper(problem: Problem) -> str | None:
 _COMMON_FILES = {"9.0": "h200.json"}
 _OWN_FILES = {"NVIDIA H200": "h200.json", "NVIDIA H100 80GB HBM3": "h100.json"}
 _TUNED = Path(__file__).parent / "tuned"
+# What tells the problems of a table's entries apart, within an op.
+ENTRY_KEY = ("kind", "m", "n", "k", "experts")
 
 
 def own_tuned_path(device: Device) -> Path | None:
@@ -220,7 +222,7 @@ def tuned_table(device: Device) -> dict[str, list[dict[str, Any]]]:
             continue
         for op, entries in json.loads(path.read_text()).items():
             for entry in entries:
-                key = tuple(entry.get(name) for name in ("kind", "m", "n", "k", "experts"))
+                key = tuple(entry.get(name) for name in ENTRY_KEY)
                 table.setdefault(op, {})[key] = entry
     return {op: list(entries.values()) for op, entries in table.items()}
 

@@ -18,7 +18,14 @@ import jax.numpy as jnp
 
 from pallas_kernels.bench.cases import CASES, Case
 from pallas_kernels.bench.timing import copies, measure, program
-from pallas_kernels.problem import Config, Kernel, Problem, current_device, own_tuned_path
+from pallas_kernels.problem import (
+    ENTRY_KEY,
+    Config,
+    Kernel,
+    Problem,
+    current_device,
+    own_tuned_path,
+)
 
 
 def relative_error(got: jax.Array, want: jax.Array) -> float:
@@ -95,7 +102,7 @@ def merge(table: dict[str, list[dict]], op: str, entry: dict) -> None:
     """Put an entry in the place of the one for the same problem."""
 
     def problem(e: dict) -> tuple:
-        return e["kind"], e["m"], e["n"], e["k"]
+        return tuple(e.get(name) for name in ENTRY_KEY)
 
     kept = [e for e in table.get(op, []) if problem(e) != problem(entry)]
     table[op] = [*kept, entry]

@@ -9,7 +9,8 @@ import oracle
 import pytest
 from a8_cases import LAYOUTS, Case
 
-from pallas_kernels.a8_configs import DecodeConfig, PrefillConfig
+from pallas_kernels.a8_decode_configs import DecodeConfig
+from pallas_kernels.a8_prefill_configs import PrefillConfig
 from pallas_kernels.matmul_a8 import matmul_a8
 
 pytestmark = pytest.mark.gpu

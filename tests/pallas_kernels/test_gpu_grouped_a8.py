@@ -11,7 +11,7 @@ import pytest
 from a8_cases import Case
 from grouped_a8_cases import LAYOUTS, GroupedCase
 
-from pallas_kernels.a8_configs import DecodeConfig
+from pallas_kernels.a8_decode_configs import DecodeConfig
 from pallas_kernels.grouped_a8 import GROUPED_A8_KERNELS, grouped_a8_problem, grouped_matmul_a8
 
 pytestmark = pytest.mark.gpu

@@ -13,7 +13,8 @@ from covering import covering
 from grouped_a8_cases import LAYOUTS, GroupedCase
 
 from pallas_kernels import KernelError, xla
-from pallas_kernels.a8_configs import DecodeConfig, PrefillConfig
+from pallas_kernels.a8_decode_configs import DecodeConfig
+from pallas_kernels.a8_prefill_configs import PrefillConfig
 from pallas_kernels.grouped_a8 import GROUPED_A8_KERNELS, grouped_a8_problem, grouped_matmul_a8
 from pallas_kernels.problem import H200
 

@@ -10,7 +10,8 @@ import oracle
 import pytest
 
 from pallas_kernels import GROUPED_DENSE_KERNELS, KernelError, grouped_matmul_dense
-from pallas_kernels.a8_configs import DecodeConfig, PrefillConfig
+from pallas_kernels.a8_decode_configs import DecodeConfig
+from pallas_kernels.a8_prefill_configs import PrefillConfig
 from pallas_kernels.grouped_dense import grouped_dense_problem
 
 UNTOUCHED = 7.0

@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from pallas_kernels import KernelError, Problem, matmul_a8
-from pallas_kernels.a8_configs import DecodeConfig, PrefillConfig
+from pallas_kernels.a8_decode_configs import DecodeConfig
+from pallas_kernels.a8_prefill_configs import PrefillConfig
 from pallas_kernels.launch import can_interpret
 from pallas_kernels.matmul_a8 import A8_KERNELS
 from pallas_kernels.problem import H200, select, tuned_config

@@ -12,7 +12,8 @@ from covering import covering, values_of
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import KernelError, a8_prefill, promote, xla
-from pallas_kernels.a8_configs import DecodeConfig, PrefillConfig
+from pallas_kernels.a8_decode_configs import DecodeConfig
+from pallas_kernels.a8_prefill_configs import PrefillConfig
 from pallas_kernels.matmul_a8 import A8_KERNELS, a8_problem, matmul_a8
 from pallas_kernels.problem import H200, select, tuned_table
 
