@@ -11,13 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.prepack_parts import Levels, Parts, as_tuple, take_apart
-from pallas_kernels.record import (
-    CHANNELS,
-    CODES,
-    DEPTH,
-    WORDS,
-    ZERO_BITS,
-    Record,
+from pallas_kernels.record import CHANNELS, CODES, DEPTH, WORDS, ZERO_BITS, Record
+from pallas_kernels.record_rows import (
     read_codes,
     read_scales,
     read_super,

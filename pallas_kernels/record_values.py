@@ -6,15 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.record import (
-    CHANNELS,
-    E4M3,
-    Record,
-    read_codes,
-    read_scales,
-    read_super,
-    read_zeros,
-)
+from pallas_kernels.record import CHANNELS, E4M3, Record
+from pallas_kernels.record_rows import read_codes, read_scales, read_super, read_zeros
 
 
 def fold_signs(record: Record, codes: jax.Array, scales: jax.Array) -> jax.Array:

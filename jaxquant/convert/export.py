@@ -17,6 +17,7 @@ from jaxquant.arrays.scheme import Scheme
 from jaxquant.convert.fresh import fresh_directory, refuse_existing
 from jaxquant.convert.gguf_export import export_gguf
 from jaxquant.convert.gguf_tokenizer import metadata_of
+from jaxquant.convert.item import Item, ModelSource, scheme_item, signature
 from jaxquant.convert.load import ReadAhead, tokenizer_of
 from jaxquant.convert.name_map import NameMap
 from jaxquant.convert.names import published
@@ -27,7 +28,7 @@ from jaxquant.convert.read_checkpoint import member_file
 from jaxquant.convert.read_kv import is_kv_scale
 from jaxquant.convert.save import is_saved
 from jaxquant.convert.saved_source import saved_source
-from jaxquant.convert.source import Item, ModelSource, open_source, scheme_item, signature
+from jaxquant.convert.source import open_source
 from jaxquant.convert.write_safetensors import Entry, Piece, write_safetensors
 from jaxquant.errors import ConfigError, FormatError
 from jaxquant.formats.arrange import Arrangement, same

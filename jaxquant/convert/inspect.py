@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxquant.arrays.qtensor import QTensor
+from jaxquant.convert.item import Item
 from jaxquant.convert.name_map import NameMap, read_names, rename, renamed
 from jaxquant.convert.plan_file import read_plan
 from jaxquant.convert.read import QuantizedModule, survey
@@ -21,7 +22,7 @@ from jaxquant.convert.read_gguf import open_gguf
 from jaxquant.convert.report import LoadReport, make_report
 from jaxquant.convert.save import is_saved
 from jaxquant.convert.saved_source import saved_source
-from jaxquant.convert.source import Item, open_source
+from jaxquant.convert.source import open_source
 from jaxquant.errors import ConfigError
 from jaxquant.models import build_model
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxquant.convert.gguf_tokenizer import read_tokenizer
+from jaxquant.convert.item import Item
 from jaxquant.convert.name_map import NameMap
 from jaxquant.convert.placement import placer
 from jaxquant.convert.plan_file import read_plan
@@ -24,7 +25,7 @@ from jaxquant.convert.progress import byte_progress
 from jaxquant.convert.read_gguf import open_gguf
 from jaxquant.convert.report import make_report
 from jaxquant.convert.save import is_saved, load_saved
-from jaxquant.convert.source import Item, open_source
+from jaxquant.convert.source import open_source
 from jaxquant.errors import ConfigError
 from jaxquant.models import CausalLM, build_model
 from jaxquant.nn.prepare import prepare_model

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxquant.convert.source import Item, ModelSource
+from jaxquant.convert.item import Item, ModelSource
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
+from jaxquant.convert.item import Item, ModelSource
 from jaxquant.convert.save import LAYOUTS_FILE, Held, held_by, load_saved
-from jaxquant.convert.source import Item, ModelSource
 from jaxquant.errors import FormatError
 from jaxquant.models import ModelConfig
 from jaxquant.transforms.numeric import as_numpy

@@ -6,20 +6,19 @@ loading does not know which it was.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxquant.arrays.scheme import Scheme
 from jaxquant.convert.gguf_model import open_gguf_model
+from jaxquant.convert.item import Item, ModelSource
+from jaxquant.convert.mix import mixed
 from jaxquant.convert.name_map import NameMap, renamed
 from jaxquant.convert.names import canonical, ignored
-from jaxquant.convert.plan_file import BASE, PrecisionPlan, resolve
+from jaxquant.convert.plan_file import PrecisionPlan
 from jaxquant.convert.read import EMBEDDINGS, QuantizedModule, survey
 from jaxquant.convert.read_checkpoint import open_checkpoint
 from jaxquant.convert.read_json import load_object
@@ -27,55 +26,6 @@ from jaxquant.convert.read_kv import is_kv_scale, kv_scales
 from jaxquant.errors import ConfigError, PlanError, within
 from jaxquant.formats.base import RawTensor, numpy_dtype
 from jaxquant.models import ModelConfig
-from jaxquant.transforms.numeric import as_numpy, requantize
-
-# Outputs of these norms are inputs of these modules; smoothing folds scales into both.
-_SMOOTHED = {
-    "input_layernorm": ("q_proj", "k_proj", "v_proj"),
-    "post_attention_layernorm": ("gate_proj", "up_proj"),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Item:
-    """Something that can be loaded.
-
-    Attributes:
-        abstract: a QTensor of ``jax.ShapeDtypeStruct`` leaves, or one ``jax.ShapeDtypeStruct``.
-        load: returns it with NumPy leaves.
-        nbytes: bytes on disk.
-        format: short name of the format, "array" for what is no linear weight.
-        origin: the checkpoint it comes from.
-        release: gives back the memory of the file behind what was loaded.
-    """
-
-    abstract: Any
-    load: Callable[[], Any] = dataclasses.field(repr=False)
-    nbytes: int
-    format: str
-    origin: str
-    release: Callable[[], None] = dataclasses.field(default=lambda: None, repr=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSource:
-    """Everything a model is built from.
-
-    Attributes:
-        path: the checkpoint that config and tokenizer come from.
-        config: the model's config.
-        published: its config.json, or what a GGUF file's metadata say in that form.
-        weights: linear weights ``[out, in]`` by module path.
-        arrays: all other arrays by name.
-        ignored: name -> why it takes no part.
-    """
-
-    path: Path
-    config: ModelConfig
-    published: Mapping[str, Any] = dataclasses.field(repr=False)
-    weights: Mapping[str, Item]
-    arrays: Mapping[str, Item]
-    ignored: Mapping[str, str]
 
 
 def _module_item(module: QuantizedModule, origin: str) -> Item:
@@ -223,128 +173,10 @@ def open_source(
     else:
         rule = f"{path} is a directory, with a config.json of its own"
         raise ConfigError("config", str(config)[:200], rule, "change that file")
-    return opened if plan is None else _planned_source(opened, plan)
-
-
-def _fits(precision: str, item: Item) -> bool:
-    """Whether a weight is what a precision's name promises."""
-    layout = item.abstract.layout
-    code = layout.code
-    return {
-        "fp16": layout.dense,
-        "fp8": code.name in ("e4m3", "e5m2"),
-        "int8": code.bits == 8 and code.kind != "float",
-        "int4": code.bits == 4,
-        "gptq_int4": item.format == "gptq" and code.bits == 4,
-        "awq_int4": item.format == "awq" and code.bits == 4,
-    }[precision]
-
-
-def _convert(q: Any, scheme: Scheme, scale_dtype: str | None) -> Any:
-    made = requantize(q, scheme)
-    if scale_dtype is None:
-        return made
-    scales = tuple(scale.astype(scale_dtype) for scale in made.scales)
-    return dataclasses.replace(made, scales=scales)
-
-
-@functools.lru_cache(256)
-def _converted(structure: Any, leaves: Any, scheme: Scheme, scale_dtype: str | None) -> Any:
-    """The abstract result of :func:`_convert`, traced once for all weights of a shape."""
-    q = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
-    return jax.eval_shape(lambda q: _convert(q, scheme, scale_dtype), q)
-
-
-def scheme_item(item: Item, scheme: Scheme, scale_dtype: str | None = None) -> Item:
-    """Quantize a weight here, rounding to nearest.
-
-    Args:
-        item: any weight.
-        scheme: what it becomes.
-        scale_dtype: dtype of its scales, None for the scheme's own.
-    """
-    structure, leaves = signature(item.abstract)
-    return Item(
-        _converted(structure, leaves, scheme, scale_dtype),
-        lambda: as_numpy(_convert(item.load(), scheme, scale_dtype)),
-        item.nbytes,
-        str(scheme),
-        item.origin,
-        item.release,
-    )
-
-
-def signature(q: Any) -> tuple[Any, Any]:
-    """Hashable structure and leaves of a weight, equal for weights of equal layout and shape."""
-    leaves, structure = jax.tree.flatten(q)
-    return structure, tuple((tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in leaves)
-
-
-def _same_array(a: Item, b: Item) -> bool:
-    return np.array_equal(
-        np.asarray(a.load()).astype(np.float32), np.asarray(b.load()).astype(np.float32)
-    )
-
-
-def _smoothing_problems(
-    precision: str, base: ModelSource, other: ModelSource, modules: list[str]
-) -> list[str]:
-    """Weights that were smoothed for another norm than the base's cannot be mixed with it."""
-    norms: dict[str, str] = {}
-    for module in modules:
-        layer = ".".join(module.split(".")[:3])
-        for norm, projections in _SMOOTHED.items():
-            if module.split(".")[-1] in projections and "shared" not in module:
-                norms.setdefault(f"{layer}.{norm}.weight", module)
-    return [
-        f"{module}: {precision}'s {norm} differs from the base's, so its weights were scaled to "
-        "fit another norm (AWQ and SmoothQuant do that)"
-        for norm, module in norms.items()
-        if norm in base.arrays
-        and norm in other.arrays
-        and not _same_array(base.arrays[norm], other.arrays[norm])
-    ]
-
-
-def _planned_source(opened: ModelSource, plan: PrecisionPlan) -> ModelSource:
-    sources: dict[Path, ModelSource] = {opened.path.resolve(): opened}
-    for path in plan.sources.values():
-        if path.resolve() not in sources:
-            sources[path.resolve()] = open_source(path)
-    base = sources[plan.sources[BASE].resolve()]
-    chosen, problems = resolve(plan, base.weights)
-    weights: dict[str, Item] = {}
-    arrays = dict(base.arrays)
-    taken: dict[str, list[str]] = {}
-    for module, precision in chosen.items():
-        if precision == BASE:
-            weights[module] = base.weights[module]
-            continue
-        scheme = plan.scheme(precision)
-        if scheme is not None:
-            weights[module] = scheme_item(base.weights[module], scheme)
-            continue
-        other = sources[plan.sources[precision].resolve()]
-        item = other.weights.get(module)
-        if item is None:
-            problems.append(f"{module}: missing in {other.path} ({precision})")
-        elif not _fits(precision, item):
-            found = f"{item.format}, {item.abstract.layout}"
-            problems.append(f"{module}: {other.path} has it as {found}, not as {precision}")
-        elif item.abstract.shape != base.weights[module].abstract.shape:
-            shape = base.weights[module].abstract.shape
-            found = f"{item.abstract.shape} in {other.path}, {shape} in the base"
-            problems.append(f"{module}: {found} ({precision})")
-        else:
-            weights[module] = item
-            taken.setdefault(precision, []).append(module)
-            bias = f"{module}.bias"
-            if bias in other.arrays:
-                arrays[bias] = other.arrays[bias]
-    for precision, modules in taken.items():
-        other = sources[plan.sources[precision].resolve()]
-        if other is not base:
-            problems += _smoothing_problems(precision, base, other, modules)
-    if problems:
-        raise PlanError(plan.file, problems, "correct the plan or the checkpoints it names")
-    return dataclasses.replace(opened, weights=weights, arrays=arrays, ignored=base.ignored)
+    if plan is None:
+        return opened
+    sources = {opened.path.resolve(): opened}
+    for other in plan.sources.values():
+        if other.resolve() not in sources:
+            sources[other.resolve()] = open_source(other)
+    return mixed(opened, plan, sources)

@@ -305,9 +305,9 @@ def write_plan(sources, tmp_path, mapping) -> Path:
 
 def test_a_plan_mixes_checkpoints_down_to_the_expert(sources, tmp_path, monkeypatch):
     # The copies have norms of ones on purpose: the base's norms must be the ones that are loaded.
-    import jaxquant.convert.source as source
+    from jaxquant.convert import mix
 
-    monkeypatch.setattr(source, "_smoothing_problems", lambda *args: [])
+    monkeypatch.setattr(mix, "_smoothing_problems", lambda *args: [])
     plan = write_plan(
         sources,
         tmp_path,
