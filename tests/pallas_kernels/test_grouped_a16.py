@@ -67,7 +67,7 @@ def check_interpreted(interpret, groups: Groups, config) -> None:
     [
         ((3, 0, 9, 1), A16DecodeConfig(8)),
         ((0, 0, 13, 0), A16DecodeConfig(8, kw=2)),
-        ((1, 1, 1, 1, 1, 1, 1, 1), A16DecodeConfig(8, records=2)),
+        ((1, 1, 1, 1, 1, 1, 1, 1), A16DecodeConfig(8, cs=2, records=2)),
         ((5, 0, 20, 17), A16DecodeConfig(16, nw=2, ring=2, lag=0)),
         ((30, 0, 0, 3), A16DecodeConfig(24, nw=2, ring=2, lag=0)),
         ((0, 130, 0, 65), A16PrefillConfig(96, nw=2, ring=2, lag=0)),
