@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxquant.errors import ConfigError
 
 MAX_COUNT = 1 << 31
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e30
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < MAX_COUNT
 
 
 class Fields:
@@ -81,28 +89,20 @@ class Fields:
 
     def numbers(self, name: str, most: int) -> tuple[float, ...]:
         """A list of at most ``most`` positive numbers, () where absent."""
-        value = self.get(name)[1]
-        if value is None:
-            return ()
-        if (
-            not isinstance(value, list | tuple)
-            or len(value) > most
-            or not all(type(n) in (int, float) and 0 < n < 1e30 for n in value)
-        ):
-            raise self.error(name, repr(value)[:80], f"at most {most} positive numbers")
-        return tuple(value)
+        return self._list(name, most, "positive numbers", _is_positive)
 
     def counts(self, name: str, most: int) -> tuple[int, ...]:
         """A list of at most ``most`` whole numbers of at least 0, () where absent."""
+        return self._list(name, most, "whole numbers", _is_count)
+
+    def _list(
+        self, name: str, most: int, what: str, fits: Callable[[Any], bool]
+    ) -> tuple[Any, ...]:
         value = self.get(name)[1]
         if value is None:
             return ()
-        if (
-            not isinstance(value, list | tuple)
-            or len(value) > most
-            or not all(type(n) is int and 0 <= n < MAX_COUNT for n in value)
-        ):
-            raise self.error(name, repr(value)[:80], f"at most {most} whole numbers")
+        if not isinstance(value, list | tuple) or len(value) > most or not all(map(fits, value)):
+            raise self.error(name, repr(value)[:80], f"at most {most} {what}")
         return tuple(value)
 
     def object(self, *names: str) -> dict[str, Any]:

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jaxquant.arrays.codes import CODES
 from jaxquant.arrays.layout import WHOLE, Layout
 from jaxquant.arrays.qtensor import QTensor, dense
+from jaxquant.transforms.leading import index_lead
 from jaxquant.transforms.numeric import dequantize, encode_values
-from jaxquant.transforms.structure import index_lead
 
 AXES = ("token", "head", "dim")
 

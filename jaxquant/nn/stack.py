@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxquant.arrays.bank import ExpertBank, Run, StackedBank
 from jaxquant.transforms.experts import equal_runs
-from jaxquant.transforms.structure import take_lead
+from jaxquant.transforms.leading import take_lead
 
 M = TypeVar("M", bound=nnx.Module)
 

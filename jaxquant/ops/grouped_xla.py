@@ -19,7 +19,7 @@ from jaxquant.arrays.qtensor import QTensor
 from jaxquant.ops.activations import gate
 from jaxquant.ops.matmul_xla import matmul_xla
 from jaxquant.ops.prepared import Prepared, unprepare
-from jaxquant.transforms.structure import index_lead, take_lead
+from jaxquant.transforms.leading import index_lead, take_lead
 
 MAX_TILE = 128
 

@@ -18,8 +18,8 @@ import numpy as np
 from jaxquant.arrays.bank import ExpertBank, ExpertPlan, Run
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.errors import PlanError
+from jaxquant.transforms.leading import index_lead
 from jaxquant.transforms.repack import aligned_empty
-from jaxquant.transforms.structure import index_lead
 
 
 def signature(q: QTensor) -> Hashable:

@@ -1,4 +1,4 @@
-"""Structural transforms: pure functions that move a weight and its scales together.
+"""Transforms along named axes: pure functions that move a weight and its scales together.
 
 Each of them commutes with :func:`jaxquant.transforms.numeric.dequantize`; a cut that would separate
 codes from their scales is a LayoutError that names the legal cuts.
@@ -12,18 +12,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.core import Tracer
 
 from jaxquant.arrays.layout import WHOLE, Grid, cells
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.errors import LayoutError
 
 
-def _namespace(leaf: Any) -> Any:
+def namespace(leaf: Any) -> Any:
+    """The module that has the functions of a leaf's kind of array."""
     return leaf.__array_namespace__()
 
 
@@ -113,7 +110,8 @@ def split(q: QTensor, axis: str, sizes: Sequence[int]) -> list[QTensor]:
     return [slice_axis(q, axis, a, b) for a, b in itertools.pairwise(bounds)]
 
 
-def _same(parts: Sequence[QTensor], what: str) -> None:
+def require_same(parts: Sequence[QTensor], what: str) -> None:
+    """Raise a LayoutError unless layouts, activations and the leaves that are there are equal."""
     first = parts[0]
     for i, part in enumerate(parts[1:], 1):
         if part.layout != first.layout or part.act != first.act:
@@ -125,67 +123,6 @@ def _same(parts: Sequence[QTensor], what: str) -> None:
         for name in ("perm", "act_scale", "act_zero", "pre_scale"):
             if (getattr(part, name) is None) != (getattr(first, name) is None):
                 raise LayoutError(what, f"only some parts have {name}", "all or none")
-
-
-def stack(parts: Sequence[QTensor]) -> QTensor:
-    """Stack weights of equal layout and shape along a new leading axis; the layout stays the same.
-
-    Raises:
-        LayoutError: layouts, activation schemes or shapes differ.
-    """
-    _same(parts, "stack")
-    shapes = {part.shape for part in parts}
-    if len(shapes) != 1:
-        raise LayoutError("stack", f"shapes {sorted(shapes)}", "all are equal")
-
-    def join(*leaves: Any) -> Any:
-        return _namespace(leaves[0]).stack(leaves)
-
-    return _zip_map(parts, join)
-
-
-def unstack(q: QTensor) -> list[QTensor]:
-    """Inverse of :func:`stack`."""
-    if not q.lead:
-        raise LayoutError("unstack", "a weight without leading axes", "stack adds one")
-    return [index_lead(q, i) for i in range(q.lead[0])]
-
-
-def take_lead(leaf: Any, index: Any) -> Any:
-    """``leaf[index]`` of leading axes, cheap also where a loop does it over and over.
-
-    The CPU compiler widens the floats that it cannot slice, bfloat16 and those of 8 bits, and moves
-    that out of the loop: it then converts the whole array for the one entry that is read.  There
-    the same bits are sliced as integers.
-    """
-    narrow = isinstance(leaf, Tracer) and str(leaf.dtype).startswith(("bfloat16", "float8"))
-    if not narrow:
-        return leaf[index]
-    bits = jnp.uint8 if leaf.dtype.itemsize == 1 else jnp.uint16
-
-    def as_bits(leaf: jax.Array, index: Any) -> jax.Array:
-        # Tied to the index, the view as integers stays in the loop, where it is no copy.
-        leaf, index = lax.optimization_barrier((leaf, index))
-        return lax.bitcast_convert_type(lax.bitcast_convert_type(leaf, bits)[index], leaf.dtype)
-
-    return lax.platform_dependent(leaf, index, cpu=as_bits, default=lambda x, i: x[i])
-
-
-def index_lead(q: QTensor, index: Any) -> QTensor:
-    """Index leading axes of every leaf: by an integer, a slice, an index array or a tuple."""
-    picked = q.map(lambda leaf, _: take_lead(leaf, index))
-    return picked if q.perm is None else dataclasses.replace(picked, perm=q.perm[index])
-
-
-def _zip_map(parts: Sequence[QTensor], join: Any, **replace: Any) -> QTensor:
-    fields: dict[str, Any] = {}
-    for name in ("data", "scales", "zeros"):
-        columns = zip(*(getattr(part, name) for part in parts), strict=True)
-        fields[name] = tuple(join(*column) for column in columns)
-    for name in ("act_scale", "act_zero", "pre_scale", "perm"):
-        leaves = [getattr(part, name) for part in parts]
-        fields[name] = None if leaves[0] is None else join(*leaves)
-    return dataclasses.replace(parts[0], **(fields | replace))
 
 
 def refine(q: QTensor, axis: str, step: int) -> QTensor:
@@ -222,7 +159,7 @@ def _refine(
             return leaf
         position = leaf.ndim - rank + i
         times = cells(extent if grid[i] == WHOLE else grid[i], step)
-        wide = _namespace(leaf).repeat(leaf, times, axis=position)
+        wide = namespace(leaf).repeat(leaf, times, axis=position)
         index: list[Any] = [slice(None)] * leaf.ndim
         index[position] = slice(0, cells(extent, step))
         return wide[tuple(index)]
@@ -270,7 +207,7 @@ def concat(parts: Sequence[QTensor], axis: str) -> QTensor:
     if len({(p.layout.code, len(p.scales), len(p.zeros), p.axes) for p in parts}) != 1:
         raise LayoutError(what, " and ".join(str(p.layout) for p in parts), "one code and formula")
     parts = _common_steps(parts, axis)
-    _same(parts, what)
+    require_same(parts, what)
     span = parts[0].layout.span(axis)
     for k, part in enumerate(parts[:-1]):
         if part.extent(axis) % span:
@@ -297,7 +234,7 @@ def concat(parts: Sequence[QTensor], axis: str) -> QTensor:
     def join(leaves: Sequence[Any], grid: Grid) -> Any:
         if grid[i] == WHOLE:
             return leaves[0]
-        return _namespace(leaves[0]).concatenate(leaves, axis=leaves[0].ndim - rank + i)
+        return namespace(leaves[0]).concatenate(leaves, axis=leaves[0].ndim - rank + i)
 
     fields: dict[str, Any] = {}
     for name in ("data", "scales", "zeros"):
@@ -310,7 +247,7 @@ def concat(parts: Sequence[QTensor], axis: str) -> QTensor:
         if first.perm is not None:
             offsets = np.cumsum([0, *(p.extent("in") for p in parts[:-1])]).tolist()
             shifted = [p.perm + np.int32(o) for p, o in zip(parts, offsets, strict=True)]
-            fields["perm"] = _namespace(shifted[0]).concatenate(shifted, axis=-1)
+            fields["perm"] = namespace(shifted[0]).concatenate(shifted, axis=-1)
     return dataclasses.replace(first, **fields)
 
 
@@ -346,7 +283,7 @@ def pad_axis(q: QTensor, axis: str, extent: int) -> QTensor:
     def fill(leaf: Any, grid: Grid, value: Any) -> Any:
         if grid[i] == WHOLE:
             return leaf
-        xp, position = _namespace(leaf), leaf.ndim - rank + i
+        xp, position = namespace(leaf), leaf.ndim - rank + i
         shape = list(leaf.shape)
         shape[position] = cells(extent, grid[i]) - shape[position]
         if shape[position] == 0:

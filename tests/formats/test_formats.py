@@ -12,8 +12,9 @@ from jaxquant.errors import FormatError
 from jaxquant.formats import FORMATS, detect
 from jaxquant.formats.checks import verify
 from jaxquant.formats.dense import DENSE
+from jaxquant.transforms.leading import stack, unstack
 from jaxquant.transforms.numeric import dequantize
-from jaxquant.transforms.structure import concat, refine, slice_axis, split, stack, to_axes, unstack
+from jaxquant.transforms.structure import concat, refine, slice_axis, split, to_axes
 from tests.formats.cases import CASES
 
 NAMES = sorted(CASES)

@@ -18,7 +18,7 @@ from jaxquant.models.source import abstract
 from jaxquant.nn.prepare import prepare_model, unprepare_model
 from jaxquant.nn.stack import Layers, layer_runs, scan_run, stack_layers, unstack_layers
 from jaxquant.ops.prepared import Prepared
-from jaxquant.transforms.structure import take_lead
+from jaxquant.transforms.leading import take_lead
 from tests.small_models import CONFIGS, random_tensors, split_tensors
 
 IDS = np.arange(1, 9, dtype=np.int32).reshape(2, 4)

@@ -11,8 +11,9 @@ import jaxquant.ops as ops
 from jaxquant.arrays.codes import CODES
 from jaxquant.arrays.scheme import ActSpec
 from jaxquant.errors import ConfigError, KernelError, LayoutError
+from jaxquant.transforms.leading import stack
 from jaxquant.transforms.numeric import quantize
-from jaxquant.transforms.structure import stack, to_axes
+from jaxquant.transforms.structure import to_axes
 from tests.ops import oracle
 
 ACTS = {

@@ -19,6 +19,7 @@ from jaxquant.arrays.codes import CODES
 from jaxquant.arrays.layout import WHOLE, Layout, packed_grids
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.errors import LayoutError
+from jaxquant.transforms.leading import index_lead, stack, unstack
 from jaxquant.transforms.numeric import dequantize, quantize
 from jaxquant.transforms.repack import (
     aligned_copy,
@@ -28,17 +29,7 @@ from jaxquant.transforms.repack import (
     unpack_codes,
 )
 from jaxquant.transforms.shard import ShardingRules, shardings, specs
-from jaxquant.transforms.structure import (
-    concat,
-    index_lead,
-    pad_axis,
-    refine,
-    slice_axis,
-    split,
-    stack,
-    to_axes,
-    unstack,
-)
+from jaxquant.transforms.structure import concat, pad_axis, refine, slice_axis, split, to_axes
 
 SHAPES = [(256, 256), (576, 384)]
 OUT_IN = ("out", "in")
