@@ -11,7 +11,7 @@ PYTEST := -m pytest -q -n 2 --dist worksteal
 
 FUZZ_SECONDS ?= 60
 
-.PHONY: fuzz demo test test311 test312 test-interpret test-gpu lint format clean
+.PHONY: environments fuzz demo test test311 test312 test-interpret test-gpu lint format clean
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -21,16 +21,18 @@ FUZZ_SECONDS ?= 60
 
 .venv312/.installed: pyproject.toml
 	$(PYTHON312) -m venv .venv312
-	$(BIN312)/python -m pip install --quiet --upgrade pip
-	$(BIN312)/python -m pip install --quiet --editable '.[test,notebooks]' 'jax>=0.11'
+	$(BIN312)/python -m pip install --quiet --no-compile --editable '.[test,notebooks]' 'jax>=0.11'
 	touch $@
+
+# Two of the three are used by tests alone, which compile the modules that they import.
+environments: .venv/.installed .venvpeers/.installed $(if $(PYTHON312),.venv312/.installed)
 
 # The packages that exported checkpoints are read back with; torch keeps out of the other two.
 PEERS := tests/peers/requirements.txt tests/peers/requirements-nodeps.txt
 .venvpeers/.installed: $(PEERS)
 	$(PYTHON) -m venv .venvpeers
-	.venvpeers/bin/python -m pip install --quiet -r $(word 1,$(PEERS))
-	.venvpeers/bin/python -m pip install --quiet --no-deps -r $(word 2,$(PEERS))
+	.venvpeers/bin/python -m pip install --quiet --no-compile -r $(word 1,$(PEERS))
+	.venvpeers/bin/python -m pip install --quiet --no-compile --no-deps -r $(word 2,$(PEERS))
 	touch $@
 
 demo: .venv/.installed

@@ -18,7 +18,7 @@ BARS = {"fp8": 0.01, "w8a8": 0.01, "w4a16_g32": 0.06}
 @pytest.mark.parametrize("name", ["llama-11m", "qwen3-moe-9m"])
 def test_perplexity_bars(name):
     models = Path(CORPUS).parent / "models"
-    tokens = np.load(models / "eval_tokens.npy")[:16384]
+    tokens = np.load(models / "eval_tokens.npy")[:8192]
     base = jq.from_pretrained(models / name, dtype=jnp.float32)
     plain = jq.perplexity(base, tokens)
     worst = jq.quantize_model(base, {r"model\.layers\..*": "w2a16_g32"})
