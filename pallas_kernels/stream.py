@@ -6,13 +6,6 @@ memory; the blocks of a cluster share out k once more and add through distribute
 There is no producer: each warpgroup owns a ring of record slots and refills a slot as soon as its
 four warps have the codes in registers.  A block makes one output tile, and several small blocks
 share an SM, so that the start and the end of one hide behind the others.
-
-Scales are applied in one of two ways:
-
-  * exact: every group has a fresh accumulator, which is scaled in f32 and added to the total;
-  * rounded: the operand is multiplied by its scale, rounding it to the operand type, and one
-    accumulator lives in the tensor cores over all of k, with a wgmma always in flight.  Codes
-    that an integer scale makes int8 operands are not rounded, nor those without scales here.
 """
 
 from __future__ import annotations
@@ -23,33 +16,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.accumulate import HostDots, TensorCores
-from pallas_kernels.decode import device_decoder, reference_decoder
 from pallas_kernels.epilogue import Along, Epilogue
 from pallas_kernels.group_tiles import Groups, store_rows, two_views, views
 from pallas_kernels.launch import CLUSTER, GRID, WARPGROUP, launch
 from pallas_kernels.problem import Problem
 from pallas_kernels.record import CHANNELS, DEPTH, WORDS, Record
 from pallas_kernels.stream_config import StreamConfig
+from pallas_kernels.stream_shares import add_shares, share_scratch
+from pallas_kernels.stream_sums import Feed, add_steps, product_depth
 from pallas_kernels.tiles import (
     cdiv,
     copy_contiguous,
-    load,
-    scale_rows,
+    guarded,
     slot,
     stage_tile,
     store_tile,
     tiled_smem,
 )
-
-# Values of k decoded at a time: one fragment is filled while the tensor cores work on the other.
-HALF = 64
 
 
 @plgpu.inline_mgpu()
@@ -117,20 +105,8 @@ def stream_matmul(
         # All channels of a tile first: its expert's weights and its rows are read once from DRAM.
         row_tiles, snake = groups.tiles(c.bm), column_tiles
         find_tile = groups.finder(c.bm, interpret)
-    # Whether the last wgmma of a record runs on into the next: then the loop runs over records, as
-    # ptxas would give each of an unrolled step's fragments registers of its own.
-    across = rounded and bool(ring or c.lag)
-    # The wgmma takes no 32 byte swizzle with int8 in registers: groups of 32 are cut out of 64.
-    depth = HALF if rounded or x.dtype == jnp.int8 else min(record.group, HALF)
-    make_decoder = reference_decoder if interpret else device_decoder
-    decode = make_decoder(record, x.dtype, depth, HALF, rounded)
-    acc_dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
-    adder = (HostDots if interpret else TensorCores)((CHANNELS, c.bm), acc_dtype)
-    # Halves of a record that add to one set of accumulators: both if they share a scale.
-    scopes = ((0, 1),) if record.group == DEPTH else ((0,), (1,))
+    depth = product_depth(record, x.dtype, rounded)
     width = c.stage
-    pieces = c.bm // width
-    owned = pieces // c.owners
     names = [term.name for term in epilogue.terms]
 
     def body(
@@ -144,11 +120,7 @@ def stream_matmul(
         x_full: Any = None,
         x_empty: Any = None,
         fetched: Any = None,
-        sums_sm: Any = None,
-        summed: Any = None,
-        peers_sm: Any = None,
-        peers_sent: Any = None,
-        **vector_sm,
+        **more,
     ):
         o_gm, vector_gm = refs[-1], dict(zip(names, refs[groups is not None :], strict=False))
         zero = jnp.int32(0)
@@ -170,8 +142,11 @@ def stream_matmul(
         steps = run + (part < longer).astype(jnp.int32) if longer else run
         first = part * run + (lax.min(part, jnp.int32(longer)) if longer else 0)
 
+        def record_slot(i):
+            return warpgroup * slots + slot(i, slots)
+
         def x_slot(i):
-            return share * ring + slot(i, ring) if ring else warpgroup * slots + slot(i, slots)
+            return share * ring + slot(i, ring) if ring else record_slot(i)
 
         def fetch_x(i, barrier):
             if groups is not None:
@@ -184,18 +159,12 @@ def stream_matmul(
             plgpu.copy_gmem_to_smem(x_gm.at[pl.ds(m0, c.bm), at_k], x_sm.at[x_slot(i)], barrier)
 
         def fetch_records(i):
-            s = warpgroup * slots + slot(i, slots)
+            s = record_slot(i)
             record_block = expert * (n // CHANNELS) + channel_block
             at = pl.ds(record_block * total + (first + i) * c.records, c.records)
             copy_contiguous(w_gm.at[at], w_sm.at[s], full.at[s], interpret)
             if not ring:
                 fetch_x(i, full.at[s])
-
-        def guarded(condition, action):
-            """Run an action; the condition may be known while tracing."""
-            if isinstance(condition, bool):
-                return action() if condition else None
-            return pl.when(condition)(action)
 
         def fill_ring():
             for i in range(ring):
@@ -204,7 +173,7 @@ def stream_matmul(
         def fetch_vectors():
             start: dict[Along, Any] = {"m": m0, "n": expert * n + block * c.nw * CHANNELS}
             size: dict[Along, int] = {"m": c.bm, "n": c.nw * CHANNELS}
-            epilogue.fetch(vector_gm, vector_sm, 0, fetched, start, size)
+            epilogue.fetch(vector_gm, more, 0, fetched, start, size)
 
         def refill_records(i):
             """Refill the slot of step i, whose codes all four warps hold in registers."""
@@ -231,99 +200,20 @@ def stream_matmul(
                 plgpu.barrier_wait(x_empty.at[x_slot(i - lag)])
                 fetch_x(i - lag + ring, x_full.at[x_slot(i - lag)])
 
-        def tiles(i, j, halves):
-            """Decode halves of record j of step i; yield group, tile and activations.
+        def x_tile(i, j, k):
+            if groups is None:
+                return x_sm.at[x_slot(i), :, pl.ds(j * DEPTH + k, depth)]
+            return x_sm.at[x_slot(i), j * (DEPTH // depth) + k // depth]
 
-            The code between two halves overlaps the wgmma of the first.
-            """
-            record_ref = w_sm.at[warpgroup * slots + slot(i, slots), j]
-            for half in halves:
-                for q, tile in enumerate(decode(record_ref, half)):
-                    if ring and half + q == 0:
-                        guarded(j == 0, lambda: plgpu.barrier_wait(x_full.at[x_slot(i)]))
-                    k = half * HALF + q * record.group // depth * depth
-                    x_ref = (
-                        x_sm.at[x_slot(i), :, pl.ds(j * DEPTH + k, depth)]
-                        if groups is None
-                        else x_sm.at[x_slot(i), j * (DEPTH // depth) + k // depth]
-                    )
-                    yield (half * HALF) // record.group + q, tile, x_ref
-
-        def exact_step(i, sums):
-            plgpu.barrier_wait(full.at[warpgroup * slots + slot(i, slots)])
-            for j, halves in np.ndindex(c.records, len(scopes)):
-                last = (j, halves) == (c.records - 1, len(scopes) - 1)
-
-                def products(accs, j=j, halves=scopes[halves], last=last):
-                    scales = []
-                    for group, tile, x_ref in tiles(i, j, halves):
-                        adder.add(accs, group % len(accs), tile.operand, x_ref)
-                        scales.append(tile.scale)
-                    if last and ring:
-                        refill_records(i)
-                    adder.wait(0)
-                    return [(adder.read(acc, 0, c.bm), scales[g]) for g, acc in enumerate(accs)]
-
-                for product, scale in adder.scoped(max(1, HALF // record.group), products):
-                    sums = sums + scale_rows(product.astype(jnp.float32), scale)
-            if not ring:  # the slot holds activations too, which the wgmma reads to its end
-                refill_records(i)
-            release_x(i)
-            return sums
-
-        def release(i):
-            """Refill what only the wgmma of step i still read."""
-            if ring:
-                release_x(i)
-            else:
-                refill_records(i)
-
-        def rounded_step(i, accs):
-            """Add a step, every wgmma of which has ended when it returns."""
-            plgpu.barrier_wait(full.at[warpgroup * slots + slot(i, slots)])
-            for j in range(c.records):
-                for _, tile, x_ref in tiles(i, j, range(DEPTH // HALF)):
-                    adder.add(accs, 0, tile.operand, x_ref)
-                    adder.wait(1)
-            adder.wait(0)
-            release_x(i)
-            refill_records(i)
-
-        def rounded_record(r, accs):
-            """Add a record; its last wgmma goes on when this returns."""
-            i, j = (
-                (r, 0) if c.records == 1 else (lax.div(r, jnp.int32(c.records)), slot(r, c.records))
-            )
-            s = warpgroup * slots + slot(i, slots)
-            guarded(j == 0, lambda: plgpu.barrier_wait(full.at[s]))
-            for half, (_, tile, x_ref) in enumerate(tiles(i, j, range(DEPTH // HALF))):
-                adder.add(accs, 0, tile.operand, x_ref)
-                adder.wait(1)
-                if half == 0:  # the step before has no wgmma under way any more
-                    pl.when((j == 0) & (i > 0))(lambda: release(i - 1))
-            if ring:  # else the slot has activations too, which the wgmma still reads
-                guarded(j == c.records - 1, lambda: refill_records(i))
-
-        def accumulate() -> list[jax.Array]:
-            """Return the sums over this share of k in pieces [64, width]."""
-            if not rounded:
-                blank = jnp.zeros((CHANNELS, c.bm), jnp.float32)
-                if not interpret:
-                    blank = plgpu.layout_cast(blank, plgpu.Layout.WGMMA)
-                return [lax.fori_loop(0, steps, exact_step, blank)]
-
-            def run_steps(accs):
-                (acc,) = (
-                    adder.loop(steps * c.records, rounded_record, accs)
-                    if across
-                    else adder.loop(steps, rounded_step, accs)
-                )
-                adder.wait(0)
-                read = [adder.read(acc, p * width, (p + 1) * width) for p in range(pieces)]
-                read = [piece.astype(jnp.float32) for piece in read]
-                return read if record.unit == 1 else [piece * record.unit for piece in read]
-
-            return adder.scoped(1, run_steps)
+        feed = Feed(
+            steps,
+            await_records=lambda i: plgpu.barrier_wait(full.at[record_slot(i)]),
+            await_x=lambda i: plgpu.barrier_wait(x_full.at[x_slot(i)]),
+            records=lambda i, j: w_sm.at[record_slot(i), j],
+            x=x_tile,
+            release_records=refill_records,
+            release_x=release_x,
+        )
 
         def store(sums: jax.Array, piece):
             first_token = piece * width
@@ -331,7 +221,7 @@ def stream_matmul(
             token, channel = m0 + first_token, channel_block * CHANNELS
 
             def finished():
-                return epilogue.apply(sums, vector_gm, vector_sm, 0, start)
+                return epilogue.apply(sums, vector_gm, more, 0, start)
 
             if groups is None:
                 target = o_gm.at[pl.ds(token, width), pl.ds(channel, CHANNELS)]
@@ -343,37 +233,6 @@ def stream_matmul(
                 stage_tile(finished(), o_sm.at[column], transpose=True)
                 store_rows(o_rows.at[column], o_gm, token, channel, count - first_token)
 
-        def finish(sums: list[jax.Array]):
-            """Add the shares of the cluster's blocks and store; each piece has one owner."""
-            if c.cs == 1:
-                for p, piece in enumerate(sums):
-                    store(piece, p)
-                return
-            for p, piece in enumerate(sums):
-                owner = p // owned
-
-                @pl.when(rank != owner)
-                def _(p=p, piece=piece, owner=owner):
-                    sender = lax.rem(rank - owner + c.cs - 1, jnp.int32(c.cs))
-                    plgpu.async_store_smem(
-                        piece,
-                        peers_sm.at[sender, column, p % owned],
-                        peers_sent.at[column],
-                        cluster_idx=jnp.int32(owner),
-                        cluster_dim=CLUSTER,
-                    )
-
-            for owner in range(c.owners):
-
-                @pl.when(rank == owner)
-                def _(owner=owner):
-                    plgpu.barrier_wait(peers_sent.at[column])
-                    for q in range(owned):
-                        result = sums[owner * owned + q]
-                        for peer in range(c.cs - 1):
-                            result += load(peers_sm.at[peer, column, q], plgpu.Layout.WGMMA)
-                        store(result, owner * owned + q)
-
         def run_tile():
             for i in range(slots):  # first, as they come from farther away
                 guarded(i < steps, lambda i=i: fetch_records(i))
@@ -381,28 +240,10 @@ def stream_matmul(
                 guarded(column == 0 if c.nw > 1 else True, fill_ring)
             if epilogue.vectors:
                 guarded(warpgroup == 0 if c.workers > 1 else True, fetch_vectors)
-            sums = accumulate()
+            sums = add_steps(c, record, x.dtype, rounded, interpret, feed)
             if epilogue.vectors:
                 plgpu.barrier_wait(fetched)
-            if c.kw == 1:
-                finish(sums)
-            else:
-
-                @pl.when(share > 0)
-                def _():
-                    for p, piece in enumerate(sums):
-                        sums_sm[share - 1, column, p] = piece
-                    plgpu.barrier_arrive(summed.at[column])
-
-                @pl.when(share == 0)
-                def _():
-                    plgpu.barrier_wait(summed.at[column])
-                    added = list(sums)
-                    for other in range(c.kw - 1):
-                        for p in range(pieces):
-                            added[p] += load(sums_sm.at[other, column, p], plgpu.Layout.WGMMA)
-                    finish(added)
-
+            add_shares(c, sums, store, more, column=column, share=share, rank=rank)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         pl.when(count > 0)(run_tile) if groups is not None else run_tile()
@@ -417,6 +258,7 @@ def stream_matmul(
             num_arrivals=1 if ring else 1 + copies, num_barriers=c.workers * slots
         ),
         **epilogue.scratch(1, c.bm, c.nw * CHANNELS),
+        **share_scratch(c),
     }
     if groups is not None:
         scratch["x_sm"] = two_views((x_slots, copies, c.bm, depth), x.dtype, interpret)
@@ -426,14 +268,6 @@ def stream_matmul(
         scratch["x_empty"] = plgpu.Barrier(num_arrivals=c.nw, num_barriers=x_slots)
     if epilogue.vectors:
         scratch["fetched"] = plgpu.Barrier(num_arrivals=len(epilogue.vectors))
-    if c.kw > 1:
-        sums = (c.kw - 1, c.nw, pieces, CHANNELS, width)
-        scratch["sums_sm"] = tiled_smem(sums, jnp.float32)
-        scratch["summed"] = plgpu.Barrier(num_arrivals=c.kw - 1, num_barriers=c.nw)
-    if c.cs > 1:
-        peers = (c.cs - 1, c.nw, owned, CHANNELS, width)
-        scratch["peers_sm"] = plgpu.SMEM(peers, jnp.float32)
-        scratch["peers_sent"] = plgpu.Barrier(num_arrivals=(c.cs - 1) * owned, num_barriers=c.nw)
     return launch(
         body,
         x,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -89,6 +89,14 @@ def scale_rows(tile: jax.Array, scale: jax.Array) -> jax.Array:
 def scale_columns(tile: jax.Array, scale: jax.Array) -> jax.Array:
     """Multiply column j of a tile by scale[j]; `scale` lies in the COLUMN layout."""
     return tile * lax.broadcast_in_dim(scale, tile.shape, [1])
+
+
+def guarded(condition: bool | jax.Array, action: Callable[[], None]) -> None:
+    """Run an action under a condition, which may be known while tracing."""
+    if not isinstance(condition, bool):
+        pl.when(condition)(action)
+    elif condition:
+        action()
 
 
 def slot(step: Any, count: int) -> jax.Array:
