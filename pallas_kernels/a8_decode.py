@@ -11,7 +11,6 @@ leaves the register split to the compiler.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -27,12 +26,11 @@ from pallas_kernels.a8_decode_configs import (
     decode_default,
     decode_refuses,
 )
+from pallas_kernels.a8_decode_sums import Feed, add_shares, add_steps, share_scratch
 from pallas_kernels.a8_problem import (
     GROUP,
-    accumulator_dtype,
     epilogue_of,
     operand_names,
-    promotes,
     step_k,
     w_block,
 )
@@ -40,14 +38,10 @@ from pallas_kernels.group_tiles import Groups, Tile, store_rows, two_views, view
 from pallas_kernels.launch import CLUSTER, GRID, WARPGROUP, launch
 from pallas_kernels.problem import Kernel, Problem
 from pallas_kernels.tiles import (
-    COLUMN,
-    accumulator,
     cdiv,
     drain,
-    load,
     release,
     round_up,
-    scale_columns,
     slot,
     stage_tile,
     store_tile,
@@ -71,7 +65,7 @@ def matmul(
         config = dataclasses.replace(config, cluster=1)
     m, n, k, c = groups.rows if groups else problem.m, problem.n, problem.k, config
     bn, bk, block = CHANNELS * c.channels, step_k(problem) * c.atoms, w_block(problem)
-    promoted, grouped = promotes(problem), problem.x_scale == "1x128"
+    grouped = problem.x_scale == "1x128"
     steps = k // bk // c.cluster
     # A slot always belongs to the same share of K, so that releases come in order.
     stages = c.stages // c.split * c.split
@@ -80,13 +74,10 @@ def matmul(
     row_tiles = groups.tiles(c.bm) if groups else cdiv(m, c.bm)
     tiles, workers = row_tiles * (n // bn), c.channels * c.split
     grid = min(tiles, problem.device.sms * c.occupancy) if groups else tiles
-    block_rows = cdiv(n, block[0]) if block else 0
-    shape = (CHANNELS, c.bm)
-    parts = c.parts
-    width = c.bm // parts
+    block_n, block_k = block or (n, k)
+    width = c.bm // c.parts
     epilogue = epilogue_of(problem, transposed=True)
     names = operand_names(problem)
-    acc_type = accumulator(shape, accumulator_dtype(problem))
 
     def body(
         *refs,
@@ -98,11 +89,7 @@ def matmul(
         tile_full: Any = None,
         tile_empty: Any = None,
         groups_sm: Any = None,
-        sums_sm: Any = None,
-        summed: Any = None,
-        peers_sm: Any = None,
-        peers_sent: Any = None,
-        **vectors,
+        **more,
     ):
         gmem, o_gm = dict(zip(names, refs, strict=False)), refs[-1]
         warpgroup, rank = lax.axis_index(WARPGROUP), lax.axis_index(CLUSTER)
@@ -170,7 +157,7 @@ def matmul(
                 def fetch():
                     epilogue.fetch(
                         gmem,
-                        vectors,
+                        more,
                         0,
                         tile_full,
                         {"m": m0, "n": at.expert * n + n0},
@@ -205,52 +192,23 @@ def matmul(
             def my_slot(i):
                 return slot(before * steps + i * c.split + share, stages)
 
-            def accumulate(acc):
-                def step(i, carry):
-                    s = my_slot(i)
-                    plgpu.barrier_wait(full.at[s])
-                    plgpu.wgmma(acc, w_sm.at[s, my_rows], x_sm.at[s].T)
-                    plgpu.wgmma_wait(1)
+            def w_scale(i):
+                channel = n0 + column * CHANNELS
+                at_k = (first_step + i * c.split + share) * bk
+                row = at.expert * cdiv(n, block_n) + channel // block_n
+                return gmem["w_blocks"][row, at_k // block_k]
 
-                    @pl.when(i > 0)
-                    def _():
-                        plgpu.barrier_arrive(empty.at[my_slot(i - 1)])
-
-                    return carry
-
-                lax.fori_loop(0, my_steps, step, jnp.int32(0))
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(empty.at[my_slot(my_steps - 1)])
-                return acc[...]
-
-            def promote(i, total):
-                s = my_slot(i)
-                w_scale: Any = 1.0
-                if block:  # from global memory, which takes as long as the copies that follow
-                    channel = n0 + column * CHANNELS
-                    at_k = (first_step + i * c.split + share) * bk
-                    row = at.expert * block_rows + channel // block[0]
-                    w_scale = gmem["w_blocks"][row, at_k // block[1]]
-                plgpu.barrier_wait(full.at[s])
-
-                def one_step(acc):
-                    plgpu.wgmma(acc, w_sm.at[s, my_rows], x_sm.at[s].T)
-                    # The scales are read while the tensor cores work.
-                    scale = load(groups_sm.at[s, pl.ds(0, c.bm)], COLUMN) if grouped else 1.0
-                    scale = scale * w_scale
-                    plgpu.wgmma_wait(0)
-                    return acc[...], scale
-
-                part, scale = pl.run_scoped(one_step, acc_type)
-                release(empty.at[s], interpret)
-                part = part.astype(jnp.float32)
-                return total + (scale_columns(part, scale) if grouped else part * scale)
-
-            if promoted:
-                zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
-                total = lax.fori_loop(0, my_steps, promote, zeros)
-            else:
-                total = pl.run_scoped(accumulate, acc_type)
+            feed = Feed(
+                my_steps,
+                my_slot,
+                weights=lambda s: w_sm.at[s, my_rows],
+                x=lambda s: x_sm.at[s],
+                x_scale=(lambda s: groups_sm.at[s, pl.ds(0, c.bm)]) if grouped else None,
+                w_scale=w_scale if block else None,
+                full=full,
+                empty=empty,
+            )
+            total = add_steps(problem, c, interpret, feed)
 
             def store(total, part):
                 """Finish and write the tokens of a part of the tile."""
@@ -259,7 +217,7 @@ def matmul(
                     plgpu.barrier_wait(tile_full)
                 my_column = column * CHANNELS
                 tile = epilogue.apply(
-                    total, gmem, vectors, 0, {"m": first, "n": my_column, "expert": at.expert}
+                    total, gmem, more, 0, {"m": first, "n": my_column, "expert": at.expert}
                 )
                 if epilogue.vectors and groups:
                     release(tile_empty, interpret)
@@ -272,55 +230,17 @@ def matmul(
                 target = o_gm.at[pl.ds(m0 + first, width), pl.ds(my_channel, CHANNELS)]
                 store_tile(tile, staging, target, transpose=True)
 
-            def send(total, part):
-                plgpu.async_store_smem(
-                    total[:, part * width : (part + 1) * width],
-                    peers_sm.at[lax.select(rank > part, rank - 1, rank), column],
-                    peers_sent.at[column],
-                    cluster_idx=jnp.int32(part),
-                    cluster_dim=CLUSTER,
-                )
-
-            def receive(total, part):
-                plgpu.barrier_wait(peers_sent.at[column])
-                total = total[:, part * width : (part + 1) * width]
-                for peer in range(c.cluster - 1):
-                    total += load(peers_sm.at[peer, column], plgpu.Layout.WGMMA)
-                store(total, part)
-
-            def add_blocks(total):
-                """Add the shares of the cluster's blocks: block i adds and stores part i."""
-                if c.cluster == 1:
-                    return store(total, 0)
-                for part in range(parts):
-                    pl.when(rank != part)(functools.partial(send, total, part))
-                for part in range(parts):
-                    pl.when(rank == part)(functools.partial(receive, total, part))
-
-            if c.split == 1:
-                return add_blocks(total)
-
-            @pl.when(share > 0)
-            def _():
-                sums_sm[share - 1, column] = total
-                plgpu.barrier_arrive(summed.at[column])
+            def idle():
                 if interpret and epilogue.vectors:
                     plgpu.barrier_wait(tile_full)  # the interpreter wants all threads to see it
 
-            @pl.when(share == 0)
-            def _():
-                plgpu.barrier_wait(summed.at[column])
-                result = total
-                for other in range(c.split - 1):
-                    result += load(sums_sm.at[other, column], plgpu.Layout.WGMMA)
-                add_blocks(result)
+            add_shares(c, total, store, more, column=column, share=share, rank=rank, idle=idle)
 
         @pl.when(warpgroup < workers)
         def consume():
             each_tile(consume_tile)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    acc_dtype = jnp.float32 if promoted else accumulator_dtype(problem)
     staging = (c.channels, width, CHANNELS)
     scratch = {
         "x_sm": tiled_smem((stages, c.bm, bk), problem.x_dtype),
@@ -331,6 +251,7 @@ def matmul(
         "full": plgpu.Barrier(num_arrivals=2 + grouped, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=c.channels, num_barriers=stages),
         **epilogue.scratch(1, c.bm, bn),
+        **share_scratch(problem, c),
     }
     if epilogue.vectors:
         scratch["tile_full"] = plgpu.Barrier(num_arrivals=len(epilogue.vectors))
@@ -338,13 +259,6 @@ def matmul(
             scratch["tile_empty"] = plgpu.Barrier(num_arrivals=c.channels)
     if grouped:
         scratch["groups_sm"] = plgpu.SMEM((stages, round_up(c.bm, 32)), jnp.float32)
-    if c.split > 1:
-        scratch["sums_sm"] = tiled_smem((c.split - 1, c.channels, *shape), acc_dtype)
-        scratch["summed"] = plgpu.Barrier(num_arrivals=c.split - 1, num_barriers=c.channels)
-    if c.cluster > 1:
-        peers = (c.cluster - 1, c.channels, CHANNELS, width)
-        scratch["peers_sm"] = plgpu.SMEM(peers, acc_dtype)
-        scratch["peers_sent"] = plgpu.Barrier(num_arrivals=c.cluster - 1, num_barriers=c.channels)
     return launch(
         body,
         *operands,
