@@ -21,14 +21,14 @@ from pallas_kernels.grouped_configs import (
     prefill_candidates,
     prefill_shapes,
 )
+from pallas_kernels.matmul_a16 import HALF_TYPES, check_types
 from pallas_kernels.prepack import Prepacked, factor_name
 from pallas_kernels.problem import Config, Kernel, KernelError, Problem, current_device, select
-from pallas_kernels.record import E8M0, Record
+from pallas_kernels.record import Record
 from pallas_kernels.stream import stream_matmul
 from pallas_kernels.stream_config import StreamConfig, factor_of, scale_name, zero_name
 from pallas_kernels.tiles import cdiv
 
-_HALF_TYPES = ("bfloat16", "float16")
 Array = jax.Array | jax.ShapeDtypeStruct
 
 
@@ -134,23 +134,7 @@ def grouped_a16_problem(
     axes = "an axis of experts" if layer is None else "axes of layers and experts"
     need(len(lead) == 1 + (layer is not None), f"the weight is stacked {lead}", f"{axes} is needed")
     experts = lead[-1]
-    need(
-        weight.record.operand == 16,
-        f"the weight is packed for {weight.record.operand}-bit operands",
-        "pack it with operand=16",
-    )
-    need(
-        len(x.shape) == 2 and x.shape[0] > 0 and x.shape[1] == weight.k,
-        f"x is {x.shape}",
-        f"it must be [rows, {weight.k}] with a row at least",
-    )
-    need(x.dtype.name in _HALF_TYPES, f"x is {x.dtype}", "it must be bfloat16 or float16")
-    need(
-        weight.record.scale_dtype != E8M0 or x.dtype == jnp.bfloat16,
-        f"x is {x.dtype}",
-        "e8m0 scales need the range of bfloat16",
-    )
-    need(out.name in _HALF_TYPES, f"out_dtype is {out}", "it must be bfloat16 or float16")
+    check_types("grouped_matmul_a16", x, weight, 16, HALF_TYPES, out)
     sizes = group_sizes.shape
     need(
         len(sizes) == 1 and group_sizes.dtype == jnp.int32,

@@ -40,7 +40,7 @@ from pallas_kernels.stream_config import (
 )
 from pallas_kernels.tiles import pad_rows, round_up
 
-_HALF_TYPES = ("bfloat16", "float16")
+HALF_TYPES = ("bfloat16", "float16")
 
 
 def _scales_weights(problem: Problem) -> bool:
@@ -141,11 +141,9 @@ def a16_problem(
         KernelError: an operand has a shape or dtype that the contract of `matmul_a16` excludes.
     """
     out = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-    check_operands("matmul_a16", x, weight, 16, _HALF_TYPES, bias, out)
+    check_operands("matmul_a16", x, weight, 16, HALF_TYPES, bias, out)
     if perm is not None and (perm.shape != (weight.k,) or perm.dtype != jnp.int32):
         raise KernelError(f"perm is {perm.shape} {perm.dtype}; it must be ({weight.k},) int32")
-    if weight.record.scale_dtype == E8M0 and x.dtype != jnp.bfloat16:
-        raise KernelError(f"matmul_a16: x is {x.dtype}; e8m0 scales need the range of bfloat16")
     return problem_of("matmul_a16", x, weight, bias, out)
 
 
@@ -166,23 +164,42 @@ def check_operands(
     if weight.records.ndim != 3:
         lead = weight.records.shape[:-3]
         raise KernelError(f"{op}: the weight is stacked {lead}; map or scan over it")
-    if weight.record.operand != operand:
-        raise KernelError(
-            f"{op}: the weight is packed for {weight.record.operand}-bit operands; "
-            f"pack it with operand={operand}"
-        )
-    if len(x.shape) != 2 or x.shape[1] != weight.k or not x.shape[0]:
-        raise KernelError(f"{op}: x is {x.shape}; it must be [M, {weight.k}] with M at least 1")
-    if x.dtype.name not in x_dtypes:
-        raise KernelError(f"{op}: x is {x.dtype}; it must be {' or '.join(x_dtypes)}")
-    if out.name not in _HALF_TYPES:
-        raise KernelError(f"{op}: out_dtype is {out}; it must be {' or '.join(_HALF_TYPES)}")
+    check_types(op, x, weight, operand, x_dtypes, out)
     bias_types = (jnp.float32, jnp.bfloat16, jnp.float16)
     if bias is not None and (bias.shape != (weight.n,) or bias.dtype not in bias_types):
         raise KernelError(
             f"{op}: bias is {bias.shape} {bias.dtype}; it must be ({weight.n},) float32, "
             "bfloat16 or float16"
         )
+
+
+def check_types(
+    op: str,
+    x: jax.Array | jax.ShapeDtypeStruct,
+    weight: Prepacked,
+    operand: int,
+    x_dtypes: tuple[str, ...],
+    out: jnp.dtype,
+) -> None:
+    """Refuse activations, a weight and a result that do not go together, stacked or not.
+
+    Raises:
+        KernelError: says what was found and what is needed.
+    """
+    record = weight.record
+    if record.operand != operand:
+        raise KernelError(
+            f"{op}: the weight is packed for {record.operand}-bit operands; "
+            f"pack it with operand={operand}"
+        )
+    if len(x.shape) != 2 or x.shape[1] != weight.k or not x.shape[0]:
+        raise KernelError(f"{op}: x is {x.shape}; it must be [M, {weight.k}] with M at least 1")
+    if x.dtype.name not in x_dtypes:
+        raise KernelError(f"{op}: x is {x.dtype}; it must be {' or '.join(x_dtypes)}")
+    if record.scale_dtype == E8M0 and record.operand == 16 and x.dtype != jnp.bfloat16:
+        raise KernelError(f"{op}: x is {x.dtype}; e8m0 scales need the range of bfloat16")
+    if out.name not in HALF_TYPES:
+        raise KernelError(f"{op}: out_dtype is {out}; it must be {' or '.join(HALF_TYPES)}")
 
 
 def problem_of(

@@ -187,7 +187,7 @@ def test_few_blocks_share_out_k():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": np.ones((3, 64), np.float16)}, r"\[rows, 256\]"),
+        ({"x": np.ones((3, 64), np.float16)}, r"\[M, 256\]"),
         ({"x": np.ones((3, 256), np.float32)}, "bfloat16 or float16"),
         ({"group_sizes": np.ones(2, np.float32)}, "int32"),
         ({"first": 1}, "needs a size"),
