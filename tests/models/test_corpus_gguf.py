@@ -23,7 +23,11 @@ from jaxquant.models import CausalLM, ModelConfig, build_model
 from jaxquant.transforms.numeric import dequantize
 from tests.oracle import llamacpp
 
-pytestmark = [pytest.mark.corpus, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.corpus,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("few_optimizations"),
+]
 ROOT = os.environ.get("JAXQUANT_CORPUS")
 FILES = sorted(Path(ROOT or ".").glob("gguf-llamacpp-*/*.gguf")) if ROOT else []
 
