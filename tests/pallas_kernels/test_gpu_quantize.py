@@ -19,6 +19,11 @@ LAYOUTS = {
 }
 
 
+def defined(case: Case, got):
+    """Return a result without the columns of scales that belong to no token."""
+    return got._replace(scale=got.scale[:, : case.m]) if case.layout == "1x128" else got
+
+
 def run_all(jobs: list[tuple[Case, dict]]) -> None:
     """Compile on all cores, run twice and check `quantize` for each (case, operands)."""
 
@@ -29,7 +34,7 @@ def run_all(jobs: list[tuple[Case, dict]]) -> None:
 
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
         for (case, operands), call in zip(jobs, pool.map(compile_one, jobs), strict=True):
-            got, again = (jax.device_get(call(operands)) for _ in range(2))
+            got, again = (defined(case, jax.device_get(call(operands))) for _ in range(2))
             pairs = zip(jax.tree.leaves(got), jax.tree.leaves(again), strict=True)
             assert all(a.tobytes() == b.tobytes() for a, b in pairs), f"{case}: two runs differ"
             check(case, got, operands)
