@@ -135,7 +135,7 @@ def standings(rows: Sequence[Row]) -> list[Standing]:
         for clock in ("kernel", "graph") if bar.quantity == "peer" else ("kernel",):
             values = [(value(bar, row, rows, clock), f"{row['op']} {row['shape']}") for row in mine]
             known = [(v, name) for v, name in values if v]
-            if mine:
+            if mine and (known or clock == "kernel"):  # peers need not have both clocks
                 mean = math.exp(sum(math.log(v) for v, _ in known) / len(known)) if known else None
                 count = (len(known), len(mine))
                 found.append(Standing(bar, clock, count, mean, min(known, default=None)))

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic.gpu import profiler
 
@@ -54,11 +53,10 @@ def program(
         return made
 
     def run(sets):
-        if loops == 1:
-            return once(sets, [])
-        shapes = jax.eval_shape(lambda: [function(sets[i % len(sets)]) for i in range(calls)])
-        results = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-        return lax.fori_loop(0, loops, lambda _, results: once(sets, results), results)
+        # The first pass stands before the loop: results to begin with, filled with zeros and copied
+        # for each call, would be timed as well.
+        results = once(sets, [])
+        return lax.fori_loop(1, loops, lambda _, results: once(sets, results), results)
 
     return jax.jit(run).lower(list(sets)).compile()
 
@@ -73,22 +71,25 @@ def measure(
         sets: its operands.
         calls: calls it makes in all.
         repeats: executions whose median is taken.
-        queued: executions that are queued for one measurement of the wall time.
+        queued: executions by which the two queues differ whose wall times are compared.
     """
     sets = list(sets)
     jax.block_until_ready(compiled(sets))
-    walls = []
-    for _ in range(repeats):
+    # First, because a card that has been busy for long lowers its clock.
+    _, timings = profiler.measure(compiled, aggregate=True, iterations=repeats)(sets)
+    milliseconds = timings if isinstance(timings, list) else [timings or 0.0]
+
+    def queue(count: int) -> float:
         start = time.perf_counter()
         last = None
-        for _ in range(queued):
+        for _ in range(count):
             # An execution that finds the results of the last one gone writes to the same addresses,
             # and XLA replays the CUDA graph as it is.
             del last
             last = compiled(sets)
         jax.block_until_ready(last)
-        del last
-        walls.append((time.perf_counter() - start) / queued / calls)
-    _, timings = profiler.measure(compiled, aggregate=True, iterations=repeats)(sets)
-    milliseconds = timings if isinstance(timings, list) else [timings or 0.0]
+        return time.perf_counter() - start
+
+    # The difference leaves out what passes before the first program starts.
+    walls = [(queue(2 * queued) - queue(queued)) / queued / calls for _ in range(repeats)]
     return Timing(statistics.median(milliseconds) * 1e3 / calls, statistics.median(walls) * 1e6)
