@@ -89,7 +89,10 @@ def test_restoring_onto_a_mesh_splits_and_agrees(mixed, tmp_path):
     weight = restored.model.layers[0].self_attn.q_proj.weight.get_value()
     shards = weight.data[0].addressable_shards
     assert len(shards) == 2 and shards[0].data.shape[0] * 2 == weight.data[0].shape[0]
-    np.testing.assert_allclose(restored(IDS), mixed(IDS), rtol=2e-3, atol=2e-3)
+    got, want = np.asarray(restored(IDS)), np.asarray(mixed(IDS))
+    off = np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)
+    # Sums over shards differ in the last bit, and an fp8 activation on a tie in a whole code.
+    assert np.median(off) < 1e-5 and off.max() < 5e-2, off
 
 
 def test_loading_onto_a_mesh_agrees(model):

@@ -233,5 +233,8 @@ def test_a_loop_reads_entries_without_converting_the_array(dtype: str):
 
     size = 3 * 16 * 64 * 64 * many.dtype.itemsize
     assert temporaries(take_lead) < size
-    if dtype in ("bfloat16", "float8_e4m3fn"):
+    converted = (
+        ("float8_e4m3fn", "bfloat16") if jax.__version_info__ < (0, 11) else ("float8_e4m3fn",)
+    )
+    if dtype in converted:  # XLA of jax 0.11 takes entries of bfloat16 as they are
         assert temporaries(lambda leaf, index: leaf[index]) > size
