@@ -205,7 +205,7 @@ def transpose_copy(matrix: np.ndarray) -> np.ndarray:
     """
     rows, columns = matrix.shape
     out = aligned_empty((columns, rows), matrix.dtype)
-    for i in range(0, rows, 64):
+    for i in range(0, rows, 128):
         for j in range(0, columns, 512):
-            out[j : j + 512, i : i + 64] = matrix[i : i + 64, j : j + 512].T
+            out[j : j + 512, i : i + 128] = matrix[i : i + 128, j : j + 512].T
     return out
