@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 from jaxquant.arrays.bank import ExpertBank, StackedBank
 from jaxquant.errors import LayoutError
@@ -33,7 +34,7 @@ def grouped_matmul(
     Returns:
         ``[rows, out]`` in ``x.dtype``.
     Raises:
-        LayoutError: shapes do not fit.
+        LayoutError: shapes do not fit, or ``source`` is no int32 vector.
         KernelError: "pallas" or "interpret" was asked for and no kernel takes the problem.
     """
     parts = bank.stack.parts if isinstance(bank, StackedBank) else bank.parts
@@ -46,5 +47,11 @@ def grouped_matmul(
             "grouped_matmul",
             f"group_sizes of shape {group_sizes.shape}",
             f"one size for each of {bank.experts} experts",
+        )
+    if source is not None and (source.ndim != 1 or source.dtype != jnp.int32):
+        raise LayoutError(
+            "grouped_matmul",
+            f"source {source.dtype} of shape {source.shape}",
+            "an int32 [rows] of row numbers of x is needed",
         )
     return run_grouped_matmul(x, bank, group_sizes, resolve(backend), source, gated)

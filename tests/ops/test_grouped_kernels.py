@@ -115,6 +115,24 @@ def test_prepared_banks_compute_the_same_and_come_back():
     assert packed.nbytes >= bank.nbytes and "int4" in repr(packed)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"x": jnp.ones((4, 64))}, r"x of shape \(4, 64\)"),
+        ({"gated": True}, r"\[rows, 256\] is needed"),
+        ({"group_sizes": jnp.ones(3, jnp.int32)}, "one size for each of 2"),
+        ({"source": jnp.zeros(4, jnp.float32)}, "source float32"),
+        ({"source": jnp.zeros((4, 1), jnp.int32)}, r"of shape \(4, 1\)"),
+    ],
+    ids=["x", "gated", "sizes", "float source", "2-D source"],
+)
+def test_wrong_operands_are_named(changes, words):
+    given = {"x": jnp.ones((4, 128)), "bank": bank_of(("fp8",) * 2, (64, 128))}
+    given |= {"group_sizes": jnp.array([1, 3], jnp.int32)} | changes
+    with pytest.raises(jq.errors.LayoutError, match=words):
+        jq.grouped_matmul(**given)
+
+
 KIN = ("w4a16_g128", "fp8", "w4a16_g128_asym", "w4a16_g128")
 
 
