@@ -6,11 +6,13 @@ reason where it declines.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 import pallas_kernels as pk
 from jaxquant.arrays.layout import WHOLE
@@ -34,6 +36,21 @@ class Candidate(NamedTuple):
     name: str
     reason: str | None
     run: Callable[[Any, Any, bool], jax.Array]
+
+
+def spread_refusal(weight: Any) -> str | None:
+    """Why a weight that lies on a mesh has no kernel, or None if it lies on one device.
+
+    XLA cannot split a kernel: it would gather the whole weight on every device, at every call.
+    """
+    for leaf in jax.tree.leaves(weight):
+        if isinstance(leaf, jax.Array):
+            mesh = getattr(jax.typeof(leaf).sharding, "mesh", None)
+            axes = zip(mesh.axis_types, mesh.shape.values(), strict=True) if mesh else ()
+            devices = math.prod(size for kind, size in axes if kind != AxisType.Manual)
+            if devices > 1:
+                return f"it lies on a mesh of {devices} devices: call it inside jax.shard_map"
+    return None
 
 
 def candidates(x: jax.ShapeDtypeStruct, weight: QTensor | Prepared) -> list[Candidate]:
@@ -122,6 +139,8 @@ def quantize_refusal(
     x: jax.Array | jax.ShapeDtypeStruct, q: QTensor | Prepared, **fused: Any
 ) -> str | None:
     """Why no kernel makes the codes of ``x`` ``[rows, in]``, or None; ``fused`` as in ``pk``."""
+    if reason := spread_refusal(q):
+        return reason
     act, options = q.act, quantize_options(q)
     assert act is not None
     if options["layout"] != "tensor" and act.symmetric and act.levels != act.code.max:

@@ -19,7 +19,7 @@ from jaxquant.ops.activations import QActivation
 from jaxquant.ops.backend import Backend
 from jaxquant.ops.grouped_kernels import GroupedCandidate, Operand, grouped_candidates
 from jaxquant.ops.grouped_xla import grouped_matmul_xla
-from jaxquant.ops.kernels import Candidate, candidates
+from jaxquant.ops.kernels import Candidate, candidates, spread_refusal
 from jaxquant.ops.matmul_xla import matmul_xla
 from jaxquant.ops.prepared import Prepared, unprepare
 
@@ -64,8 +64,10 @@ def rows_of(x: jax.Array | QActivation) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
 
 
-def _first(found: Sequence[C]) -> tuple[C | None, Reasons]:
+def _first(found: Sequence[C], weight: Any) -> tuple[C | None, Reasons]:
     """The first candidate that takes the problem, and the reasons of those that do not."""
+    if spread := spread_refusal(weight):
+        return None, tuple((c.name, spread) for c in found)
     taken = next((c for c in found if c.reason is None), None)
     return taken, tuple((c.name, c.reason) for c in found if c.reason is not None)
 
@@ -75,7 +77,7 @@ def explain_matmul(weight: QTensor | Prepared, rows: int) -> Choice:
     if _dense(weight):
         return Choice("xla", ())
     x = jax.ShapeDtypeStruct((rows, weight.extent("in")), jnp.bfloat16)
-    return _explain(*_first(candidates(x, weight)))
+    return _explain(*_first(candidates(x, weight), weight))
 
 
 def _explain(taken: Candidate | GroupedCandidate | None, reasons: Reasons) -> Choice:
@@ -89,7 +91,7 @@ def _explain(taken: Candidate | GroupedCandidate | None, reasons: Reasons) -> Ch
 def explain_grouped(part: QTensor | Prepared, rows: int) -> Choice:
     """What ``grouped_matmul`` of ``rows`` bfloat16 rows with one run of a bank runs."""
     x = jax.ShapeDtypeStruct((rows, part.extent("in")), jnp.bfloat16)
-    return _explain(*_first(grouped_candidates(x, part, part.lead[0])))
+    return _explain(*_first(grouped_candidates(x, part, part.lead[0]), part))
 
 
 def _xla(x: jax.Array | QActivation, weight: QTensor | Prepared) -> jax.Array:
@@ -103,7 +105,7 @@ def run_matmul(
     strict = backend in ("pallas", "interpret")
     if _dense(weight) or not tries_kernels(backend):
         return _xla(x, weight)
-    taken, reasons = _first(candidates(rows_of(x), weight))
+    taken, reasons = _first(candidates(rows_of(x), weight), weight)
     if taken is None:
         if strict:
             raise KernelError("matmul", reasons, 'use backend="auto" for the XLA path')
@@ -148,7 +150,7 @@ def run_grouped_matmul(
     taken: list[GroupedCandidate | None] = []
     refused: list[tuple[str, str]] = []
     for part, run in zip(one.parts, one.runs, strict=True):
-        candidate, reasons = _first(grouped_candidates(shape, part, one.experts, run.start))
+        candidate, reasons = _first(grouped_candidates(shape, part, one.experts, run.start), bank)
         taken.append(candidate)
         if candidate is None and not _dense(part):
             refused += [(f"{name} [{run.start}:{run.stop}]", reason) for name, reason in reasons]

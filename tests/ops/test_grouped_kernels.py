@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxquant as jq
 from jaxquant.arrays.bank import StackedBank
@@ -240,6 +241,21 @@ def test_every_run_gives_its_reasons():
         x = rows(5).astype(jnp.float32)
         bank = prepare_bank(bank_of(("w4a16_g128",) * 5))
         jq.grouped_matmul(x, bank, jnp.ones(5, jnp.int32), backend="pallas")
+
+
+def test_banks_on_a_mesh_are_left_to_xla(monkeypatch):
+    monkeypatch.setattr(select, "has_gpu", lambda: True)
+    bank = bank_of(("fp8",) * 4)
+    mesh = Mesh(np.array(jax.devices()[:2]), ("ep",))
+    spread = jax.device_put(bank, NamedSharding(mesh, PartitionSpec("ep")))
+    sizes = jnp.full(4, 2, jnp.int32)
+    with pytest.raises(KernelError, match="mesh of 2 devices"):
+        jq.grouped_matmul(rows(8), spread, sizes, backend="pallas")
+    for stacked in (False, True):
+        one = StackedBank(jax.tree.map(lambda leaf: leaf[None], spread), 0) if stacked else spread
+        traced = jax.jit(lambda x, b: jq.grouped_matmul(x, b, sizes)).trace(rows(8), one)
+        assert "custom_call @mosaic" not in traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "mesh of 2 devices" in select.explain_grouped(spread.parts[0], 8).reasons[0][1]
 
 
 def test_a_layer_lowers_to_kernels_alone(monkeypatch):

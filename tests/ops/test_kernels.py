@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxquant as jq
 import pallas_kernels as pk
@@ -20,6 +21,8 @@ from jaxquant.formats import gguf
 from jaxquant.formats.gguf_types import TYPES
 from jaxquant.formats.qserve import QSERVE
 from jaxquant.nn.prepare import unprepare_model
+from jaxquant.ops import select
+from jaxquant.ops.fused import rms_norm_quantize
 from jaxquant.ops.prepared import Prepared, prepare, unprepare
 from tests.formats.cases import qserve
 from tests.ops import oracle
@@ -210,6 +213,41 @@ def test_explain_says_why_nothing_faster_runs():
     assert jq.explain(prepare(weight("w4a16_g64"))).rows[0].layout.startswith("int4")
     row = jq.explain(prepare(qserve_weight("group")[0])).rows[0]
     assert row.reasons == (("matmul_w4a8", "this process has no GPU"),) or row.kernel != "xla"
+
+
+def kernels_in(function, *arguments):
+    """How many kernels of ours a function launches on a GPU."""
+    text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    return text.count("custom_call @mosaic_gpu")
+
+
+def test_weights_on_a_mesh_are_left_to_xla(monkeypatch):
+    """XLA cannot split a kernel: it would gather the weight on every device, in every call."""
+    monkeypatch.setattr(select, "has_gpu", lambda: True)
+    mesh = Mesh(np.array(jax.devices()[:2]), ("tp",))
+    split = NamedSharding(mesh, PartitionSpec("tp"))
+    x, q = activation(), weight("fp8")
+    spread = jax.device_put(q, jax.tree.map(lambda leaf: split, q))
+    here = NamedSharding(mesh, PartitionSpec())
+
+    def column(x, q):
+        return jq.matmul(x, q)
+
+    assert kernels_in(column, x, q) == 2, "one that quantizes, one that multiplies"
+    assert kernels_in(column, jax.device_put(x, here), spread) == 0
+    assert "mesh of 2 devices" in reasons_of(x, spread)["matmul_a8"]
+    with pytest.raises(KernelError, match="mesh of 2 devices"):
+        jq.matmul(x, spread, backend="pallas")
+    norm = jnp.ones(SHAPE[1], jnp.bfloat16)
+    one, two = (
+        kernels_in(lambda x, q: rms_norm_quantize(x, norm, 1e-6, [q]), x, w) for w in (q, spread)
+    )
+    assert (one, two) == (1, 0)
+    specs = jax.tree.map(lambda leaf: PartitionSpec("tp"), q)
+    inside = jax.shard_map(
+        column, mesh=mesh, in_specs=(PartitionSpec(), specs), out_specs=PartitionSpec(None, "tp")
+    )
+    assert kernels_in(inside, jax.device_put(x, here), spread) == 2, "a device's own part"
 
 
 def test_old_gpus_are_told_why(monkeypatch):
