@@ -48,7 +48,7 @@ def by_layer(row: Row) -> tuple[int, int, int]:
 
 
 def against_peers(rows: list[Row]) -> str:
-    """Return the table of one op: time, rate, floor and the best peer by either clock."""
+    """Return the table of one op: time, rate, both floors and the best peer by either clock."""
     lines = []
     for row in sorted(rows, key=by_layer):
         best = {}
@@ -67,15 +67,15 @@ def against_peers(rows: list[Row]) -> str:
                 row["shape"],
                 f"{row['us']:.1f}",
                 f"{row['tflops']:.0f} TFLOP/s" if by_operations else f"{row['tb_s']:.2f} TB/s",
-                f"{row['floor_us']:.1f}",
+                f"{row['bytes_us']:.1f}",
+                f"{row['operations_us']:.1f}" if row["operations_us"] else "-",
                 f"{100 * row['of_floor']:.0f} %",
                 names or "-",
                 " / ".join(f"{ratio:.2f}" for _, ratio in best.values()) or "-",
             ]
         )
-    return table(
-        ["M x N x K", "us", "rate", "floor us", "of floor", "best peer", "peer / ours"], lines
-    )
+    floors = ["bytes us", "operations us", "of the floor"]
+    return table(["M x N x K", "us", "rate", *floors, "best peer", "peer / ours"], lines)
 
 
 def side_by_side(ops: tuple[str, ...], rows: list[Row]) -> str:

@@ -2,9 +2,9 @@
 
 First the card's own limits are measured: memory bandwidth and dense rates.  Then all problems are
 compiled in parallel, and timed one after the other.  For each the command prints microseconds
-(kernel time by CUPTI, and wall time of queued programs), TFLOP/s, TB/s, the per cent of the floor
-(fewest bytes over the memory bandwidth or operations over the dense rate, whichever is longer), and
-the ratio to each peer of `--against FILE`, a JSON of
+(kernel time by CUPTI, and wall time of queued programs), TFLOP/s, TB/s, two floors (fewest bytes
+over the memory bandwidth, operations over the dense rate), the per cent of the longer one, and the
+ratio to each peer of `--against FILE`, a JSON of
 {kernel: {"MxNxK": {"kernel": us, "graph": us}}}, for experts "<tokens>xNxKxE<experts>k<top k>":
 above 1, the peer takes longer.  "kernel" is compared with our kernel time, "graph", the peer's time
 in a replayed CUDA graph, with our wall time.  At the end stand the bars, and which of them hold.
@@ -80,7 +80,7 @@ def run(
     operations, nbytes = case.work(*size)
     kernel, config = select(case.kernels, case.problem(sets[0]))
     timing = measure(call, sets, count.calls * count.loops, repeats, count.queued)
-    floor = limits.floor(operations, nbytes, case.rate)
+    floors = limits.floors(operations, nbytes, case.rate)
     return {
         "op": case.name,
         "shape": "x".join(map(str, size)),
@@ -88,9 +88,10 @@ def run(
         "wall_us": round(timing.wall, 2),
         "tflops": round(operations / timing.kernel * 1e-6, 1),
         "tb_s": round(nbytes / timing.kernel * 1e-6, 3),
-        "floor_us": round(floor, 2),
-        "of_floor": round(floor / timing.kernel, 3),
-        "of_memory": round(nbytes / limits.memory / timing.kernel * 1e6, 3),
+        "bytes_us": round(floors[0], 2),
+        "operations_us": round(floors[1], 2),
+        "of_floor": round(max(floors) / timing.kernel, 3),
+        "of_memory": round(floors[0] / timing.kernel, 3),
         "kernel": kernel.name,
         "config": str(config),
     }
@@ -147,6 +148,7 @@ def line(row: Row) -> str:
     return (
         f"{row['op']:17} {row['shape']:16} {row['us']:9.2f} us (wall {row['wall_us']:9.2f}) "
         f"{row['tflops']:7.1f} TFLOP/s {row['tb_s']:5.2f} TB/s "
+        f"floors {row['bytes_us']:.1f} {row['operations_us']:.1f} us "
         f"{100 * row['of_floor']:5.1f} % | {ratios} | {row['config']}"
     )
 

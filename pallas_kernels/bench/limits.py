@@ -26,10 +26,12 @@ class Limits:
     memory: float
     rates: dict[str, float]
 
-    def floor(self, operations: float, nbytes: float, rate: str) -> float:
-        """Return the least time of a problem, in microseconds; `rate` "" counts bytes alone."""
-        seconds = nbytes / self.memory
-        return 1e6 * (max(seconds, operations / self.rates[rate]) if rate else seconds)
+    def floors(self, operations: float, nbytes: float, rate: str) -> tuple[float, float]:
+        """Return the least microseconds that the bytes and the operations of a problem take.
+
+        A `rate` of "" counts bytes alone.
+        """
+        return 1e6 * nbytes / self.memory, 1e6 * operations / self.rates[rate] if rate else 0.0
 
     def raised(self, rate: str, operations: float, microseconds: float) -> Limits:
         """Return the limits with what a product just reached, where that is higher."""

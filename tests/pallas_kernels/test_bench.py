@@ -109,9 +109,9 @@ def test_bars_within_a_run():
 
 def test_floors_follow_the_limits_of_the_card():
     limits = Limits(4e12, {"int8": 1e15})
-    assert limits.floor(1e9, 4e6, "int8") == pytest.approx(1.0)
-    assert limits.floor(4e9, 4e6, "int8") == pytest.approx(4.0)
-    assert limits.floor(4e9, 4e6, "") == pytest.approx(1.0)
+    assert limits.floors(5e8, 4e6, "int8") == pytest.approx((1.0, 0.5))
+    assert limits.floors(4e9, 4e6, "int8") == pytest.approx((1.0, 4.0))
+    assert limits.floors(4e9, 4e6, "") == pytest.approx((1.0, 0.0))
     assert limits.raised("int8", 4e9, 2.0).rates["int8"] == 2e15
     assert limits.raised("int8", 4e9, 8.0) == limits and limits.raised("", 9e9, 1.0) == limits
 
@@ -144,7 +144,7 @@ def test_every_case_has_a_kernel_and_candidates(case):
 
 def test_a_report_becomes_the_tables_of_the_docs(tmp_path, monkeypatch):
     tool = Path(__file__).parents[2] / "tools" / "kernel_tables.py"
-    common = {"tflops": 1.0, "tb_s": 2.0, "floor_us": 6.0}
+    common = {"tflops": 1.0, "tb_s": 2.0, "bytes_us": 6.0, "operations_us": 0.5}
     rows = [
         row_of("fp8", "16x6144x4096", 10.0, of_floor=0.6, of_memory=0.6, **common),
         row_of("fp8", "1x6144x4096", 12.0, of_floor=0.5, of_memory=0.5, **common),
@@ -167,8 +167,10 @@ def test_a_report_becomes_the_tables_of_the_docs(tmp_path, monkeypatch):
         "| fp8 token x channel, graph time | 1.05 | 1.30 | 0.92 | 1.30 (fp8 16x6144x4096) "
         in summary
     )
-    first = tables.index("| 1x6144x4096 | 12.0 | 2.00 TB/s | 6.0 | 50 % | - | - |")
-    assert first < tables.index("| 16x6144x4096 | 10.0 | 2.00 TB/s | 6.0 | 60 % | torch fp8 tensor")
+    first = tables.index("| 1x6144x4096 | 12.0 | 2.00 TB/s | 6.0 | 0.5 | 50 % | - | - |")
+    assert first < tables.index(
+        "| 16x6144x4096 | 10.0 | 2.00 TB/s | 6.0 | 0.5 | 60 % | torch fp8 tensor"
+    )
     assert "| 1.30 / 1.20 |" in tables and "| 1x6144x4096 | 14.0 (40 %) |" in tables
     (tmp_path / "kernels.md").write_text("no marks")
     with pytest.raises(ValueError, match="needs <!-- bench"):
