@@ -130,7 +130,7 @@ CASES_A16: tuple[Case, ...] = (
     _case("w8a16", Record("int8", 16, 128, "float32", False)),
     _case("fp8a16", Record("float8_e4m3fn", 16, 128, "float32", False)),
     _case("nvfp4", NVFP4, bits=4.5, peers=("vllm marlin nvfp4",)),
-    _case("mxfp4", MXFP4, bits=4.25),
+    _case("mxfp4", MXFP4, bits=4.25, peers=("vllm marlin mxfp4",)),
     _case("q8_0", Record("int8", 16, 32, "float16", False), bits=8.5, peers=("vllm ggml q8_0",)),
     _case("q4_k", Q4_K, bits=4.5, peers=("vllm ggml q4_k",)),
     _case("q5_k", dataclasses.replace(Q4_K, code="uint5"), bits=5.5, peers=("vllm ggml q5_k",)),
