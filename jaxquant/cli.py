@@ -23,6 +23,14 @@ def _names(verb: argparse.ArgumentParser, config: bool = True) -> None:
         verb.add_argument("--config", help="config.json for a .gguf file of unknown architecture")
 
 
+def _dtype(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--dtype",
+        help="what to compute in: bfloat16, float16 or float32; by default bfloat16, or what a "
+        "converted model was saved with",
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jaxquant",
@@ -46,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--plan", help="YAML plan: the precision and source of each weight")
     _names(verb)
     verb.add_argument("--scheme", help="quantize every linear but lm_head, e.g. fp8 or w4a16_g32")
-    verb.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32")
+    _dtype(verb)
 
     verb = verbs.add_parser("export", help="write a checkpoint that other tools read")
     verb.add_argument("source", help="checkpoint directory or .gguf file")
@@ -68,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--top-k", type=int)
     verb.add_argument("--top-p", type=float)
     verb.add_argument("--seed", type=int, default=0)
-    verb.add_argument("--dtype", default="bfloat16")
+    _dtype(verb)
 
     verb = verbs.add_parser("eval", help="perplexity of a model on text or tokens")
     verb.add_argument("model", help="checkpoint directory or .gguf file")
@@ -78,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--tokens", help="NumPy file of token ids")
     verb.add_argument("--window", type=int, default=256, help="tokens to a window")
     verb.add_argument("--windows", type=int, help="how many windows at most")
-    verb.add_argument("--dtype", default="bfloat16")
+    _dtype(verb)
 
     verb = verbs.add_parser(
         "explain", help="which kernel runs each weight, and why not a faster one"
@@ -93,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--batch", type=int, default=8)
     verb.add_argument("--prompt-tokens", type=int, default=128)
     verb.add_argument("--new-tokens", type=int, default=64)
-    verb.add_argument("--dtype", default="bfloat16")
+    _dtype(verb)
 
     verb = verbs.add_parser("demo", help="the main job on the bundled model")
     verb.add_argument("--out", default="demo_output", help="directory for the table and the plot")

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
@@ -18,16 +17,15 @@ import jaxquant as jq
 from jaxquant.errors import ConfigError, FormatError
 
 
-def _dtype(name: str) -> Any:
-    if name not in ("bfloat16", "float16", "float32"):
+def _dtype(name: str | None) -> Any:
+    if name not in (None, "bfloat16", "float16", "float32"):
         raise ConfigError("--dtype", repr(name), "bfloat16, float16 or float32")
-    return jnp.dtype(name)
+    return name
 
 
 def _model(arguments: argparse.Namespace, path: str, **options: Any) -> jq.CausalLM:
-    dtype = _dtype(arguments.dtype)
     options |= {"names": arguments.names, "config": arguments.config}
-    return jq.from_pretrained(path, dtype=dtype, **options)
+    return jq.from_pretrained(path, dtype=_dtype(arguments.dtype), **options)
 
 
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxquant.arguments import instance, token_ids, whole
 from jaxquant.errors import ConfigError
 from jaxquant.models.decoder import CausalLM
 
@@ -42,18 +43,16 @@ def perplexity(
     Raises:
         ConfigError: too few tokens, a window below 2, or ids past the vocabulary.
     """
-    stream = np.asarray(tokens).reshape(-1).astype(np.int64)
-    count = len(stream) // window if window >= 2 else 0
+    instance("perplexity", model, CausalLM, "a CausalLM is needed", "see jaxquant.from_pretrained")
+    window, batch = whole("window", window, 2), whole("batch", batch)
+    windows = None if windows is None else whole("windows", windows)
+    stream = token_ids("tokens", tokens, model.config.vocab_size).reshape(-1)
+    count = len(stream) // window
     count = count if windows is None else min(count, windows)
-    if count < 1 or batch < 1:
-        found = f"{len(stream)} tokens, window {window}, windows {windows}, batch {batch}"
-        raise ConfigError("perplexity", found, "at least one full window of 2 or more tokens")
+    if count < 1:
+        found = f"{len(stream)} tokens for windows of {window}"
+        raise ConfigError("tokens", found, "at least one full window", "use a smaller window")
     rows = stream[: count * window].reshape(count, window)
-    vocabulary = model.config.vocab_size
-    if rows.min() < 0 or rows.max() >= vocabulary:
-        found = f"token ids {rows.min()} to {rows.max()}"
-        rule = f"the vocabulary is 0 to {vocabulary - 1}"
-        raise ConfigError("perplexity", found, rule, "use the model's own tokenizer")
     graph, state = model.split()
     total, batch = 0.0, min(batch, count)
     for start in range(0, count, batch):

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jaxquant.arguments import instance, whole
 from jaxquant.arrays.bank import ExpertBank
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.nn.stack import unstack_layers
@@ -81,9 +82,13 @@ def explain(model_or_q: Any, batch: int = 1) -> Explanation:
         batch: rows of activations that the matmuls see.
     Returns:
         An Explanation: ``rows`` to compute with, ``str()`` to read.
+    Raises:
+        ConfigError: neither a weight nor a model, or no number of rows.
     """
+    batch = whole("batch", batch)
     if isinstance(model_or_q, QTensor | Prepared):
         return Explanation((_row("", model_or_q, explain_matmul(model_or_q, batch)),), batch)
+    instance("explain", model_or_q, nnx.Module, "a QTensor or an NNX model is needed")
     rows: list[Row] = []
     graph, state = nnx.split(model_or_q)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)

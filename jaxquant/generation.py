@@ -13,11 +13,14 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from jaxquant.arguments import instance, real, token_ids, whole
 from jaxquant.errors import ConfigError
 from jaxquant.models.decoder import CausalLM
 from jaxquant.nn.cache import Cache
 
 SMALLEST_BUCKET = 16
+SMALLEST_TEMPERATURE = 1e-6
+MOST_NEW = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +81,8 @@ def generate(
         model: a causal language model.
         prompts: token id lists, or texts where ``model.tokenizer`` is set.
         max_new_tokens: most tokens to add to each prompt.
-        temperature: 0 takes the most likely token; above, logits are divided by it and sampled.
+        temperature: 0 takes the most likely token; from 1e-6 on, logits are divided by it and
+            sampled.
         top_k: sample among so many most likely tokens only.
         top_p: then among the fewest most likely tokens that hold this share of the probability.
         seed: same seed, prompts and settings give the same tokens; rows draw independently.
@@ -87,23 +91,36 @@ def generate(
         For each prompt its new tokens, the ending one included; for texts, the new text.
     Raises:
         ConfigError: an empty prompt, ids past the vocabulary, texts without a tokenizer, or a
-            sampling number out of range.
+            number out of range.
     """
-    _check_numbers(max_new_tokens, temperature, top_k, top_p)
-    texts = isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts)
-    rows = _encode(model, prompts) if texts else [list(map(int, prompt)) for prompt in prompts]
+    instance("generate", model, CausalLM, "a CausalLM is needed", "see jaxquant.from_pretrained")
+    vocabulary = model.config.vocab_size
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, most=MOST_NEW)
+    seed = whole("seed", seed, -(2**63), 2**64 - 1)
+    top_k = None if top_k is None else min(whole("top_k", top_k), vocabulary)
+    temperature, top_p = _sampled(temperature, top_p)
+    many = isinstance(prompts, Sequence | np.ndarray | jax.Array)
+    if not many or isinstance(prompts, str | bytes):
+        found = f"one {type(prompts).__name__}"
+        raise ConfigError("prompts", found, "a list of texts or of token lists is needed")
+    texts = any(isinstance(prompt, str) for prompt in prompts)
+    rows = _encode(model, prompts) if texts else list(prompts)
     if not rows:
         return []
-    _check_rows(rows, model.config.vocab_size)
+    rows = [_row(i, row, vocabulary) for i, row in enumerate(rows)]
     ids, lengths = _pad(rows)
-    stops = model.config.eos if eos is None else np.atleast_1d(np.asarray(eos, np.int32))
+    stops = np.asarray(model.config.eos, np.int32)
+    if eos is not None:
+        stops = np.atleast_1d(token_ids("eos", eos, vocabulary))
+        if stops.ndim > 1:
+            raise ConfigError("eos", f"shape {stops.shape}", "a token id, or a list of them")
     graph, state = model.split()
     room = _bucket(max_new_tokens)
     logits, cache = _prefill(graph, state, ids, lengths, ids.shape[1] + room)
     sampling = Sampling(temperature == 0, top_k is not None or top_p is not None)
     numbers = (
         jnp.float32(temperature or 1.0),
-        jnp.int32(top_k or model.config.vocab_size),
+        jnp.int32(top_k or vocabulary),
         jnp.float32(top_p or 1.0),
     )
     out, counts, _ = _decode(
@@ -124,31 +141,29 @@ def generate(
     return [model.tokenizer.decode(tokens) for tokens in new] if texts else new
 
 
-def _check_numbers(
-    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
-) -> None:
-    checks = (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-        ("temperature", temperature, 0 <= temperature < float("inf"), "0 or more"),
-        ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
-        ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0, at most 1"),
-    )
-    for name, value, fine, rule in checks:
-        if not fine:
-            raise ConfigError(name, str(value), rule)
+def _sampled(temperature: float, top_p: float | None) -> tuple[float, float | None]:
+    temperature = real("temperature", temperature)
+    # Quotients by less leave float32.
+    if temperature != 0 and not SMALLEST_TEMPERATURE <= temperature < float("inf"):
+        raise ConfigError("temperature", str(temperature), f"0, or {SMALLEST_TEMPERATURE} or more")
+    top_p = None if top_p is None else real("top_p", top_p)
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError("top_p", str(top_p), "above 0, at most 1")
+    return temperature, top_p
 
 
-def _check_rows(rows: Sequence[Sequence[int]], vocabulary: int) -> None:
-    for i, row in enumerate(rows):
-        if not row:
-            raise ConfigError(f"prompt {i}", "no tokens", "a prompt has at least one")
-        if min(row) < 0 or max(row) >= vocabulary:
-            found = f"token ids {min(row)} to {max(row)}"
-            raise ConfigError(f"prompt {i}", found, f"the vocabulary is 0 to {vocabulary - 1}")
+def _row(i: int, row: Any, vocabulary: int) -> np.ndarray:
+    """The token ids of one prompt."""
+    where = f"prompt {i}"
+    ids = token_ids(where, row, vocabulary)
+    if ids.ndim != 1 or not ids.size:
+        found = "no tokens" if not ids.size else f"shape {ids.shape}"
+        raise ConfigError(where, found, "a list of at least one token id")
+    return ids
 
 
 def _encode(model: CausalLM, prompts: Sequence[str]) -> list[list[int]]:
-    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+    if not all(isinstance(prompt, str) for prompt in prompts):
         raise ConfigError("prompts", "not a list of one kind", "texts only, or token lists only")
     if model.tokenizer is None:
         action = "pass token ids, or set model.tokenizer"
@@ -161,7 +176,7 @@ def _bucket(n: int) -> int:
     return max(SMALLEST_BUCKET, 1 << (n - 1).bit_length())
 
 
-def _pad(rows: Sequence[Sequence[int]]) -> tuple[jax.Array, jax.Array]:
+def _pad(rows: Sequence[np.ndarray]) -> tuple[jax.Array, jax.Array]:
     """Right-padded ids ``[batch, bucket]`` and lengths ``[batch]``, int32."""
     lengths = np.array([len(row) for row in rows], np.int32)
     ids = np.zeros((len(rows), _bucket(int(lengths.max()))), np.int32)

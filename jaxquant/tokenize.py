@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxquant.arguments import token_ids
 from jaxquant.errors import ConfigError, FormatError
 
 MAX_TOKENIZER_BYTES = 128 << 20
@@ -79,6 +80,8 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Write ``tokenizer.json`` and what else :meth:`from_directory` reads into a directory."""
         folder = Path(path)
+        if not folder.is_dir():
+            raise FormatError(str(folder), "no such directory", "a directory to write into")
         self._backend.save(str(folder / "tokenizer.json"))
         settings: dict[str, Any] = dict(self.special)
         if self.chat_template is not None:
@@ -91,13 +94,24 @@ class Tokenizer:
 
         Raises:
             FormatError: the vocabulary has no token for a part of the text, nor for unknown parts.
+            ConfigError: no text.
         """
+        if not isinstance(text, str):
+            raise ConfigError("text", type(text).__name__, "one text is needed")
         with _failures("tokenizer.json", "a text cannot be encoded"):
             return self._backend.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+        """Text of token ids, special tokens left out.
+
+        Raises:
+            ConfigError: no list of token ids.
+        """
+        # A model's vocabulary may be padded past the tokenizer's, which leaves such ids out.
+        known = token_ids("ids", ids, 2**31)
+        if known.ndim != 1:
+            raise ConfigError("ids", f"shape {known.shape}", "a list of token ids is needed")
+        return self._backend.decode(known.tolist(), skip_special_tokens=True)
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Prompt text for a conversation, ending where the assistant speaks.

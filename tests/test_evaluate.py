@@ -42,9 +42,9 @@ def test_windows_batches_and_tail():
     "tokens, settings, words",
     [
         (TOKENS[:9], {"window": 10}, "at least one full window"),
-        (TOKENS, {"window": 1}, "at least one full window"),
+        (TOKENS, {"window": 1}, "a whole number from 2"),
         (TOKENS + 10, {"window": 10}, "the vocabulary is 0 to 63"),
-        (TOKENS, {"window": 10, "windows": 0}, "at least one full window"),
+        (TOKENS, {"window": 10, "windows": 0}, "a whole number from 1"),
     ],
 )
 def test_bad_input(tokens: np.ndarray, settings: dict, words: str):

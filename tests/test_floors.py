@@ -12,6 +12,7 @@ THIRD_PARTY = {
     "errors": set(),
     "configs": set(),
     "fields": set(),
+    "arguments": {"jax", "numpy"},
     "arrays": {"jax", "numpy", "ml_dtypes"},
     "transforms": {"jax", "numpy"},
     "formats": {"numpy", "ml_dtypes", "jax"},

@@ -109,8 +109,8 @@ class QTensor:
         """Return self after checking every leaf against the law.
 
         Raises:
-            LayoutError: a leaf has another shape than the law gives, or a static activation scheme
-                lacks its scale.
+            LayoutError: a leaf has another shape than the law gives, data another dtype than the
+                code's, or a static activation scheme lacks its scale.
         """
         if len(self.data) != len(self.layout.data) or len(self.scales) != len(self.layout.scales):
             raise LayoutError(
@@ -122,6 +122,11 @@ class QTensor:
             raise LayoutError(where, f"{len(self.zeros)} zero leaves", str(self.layout))
         lead, rank = self.lead, len(self.axes)
         extents = self.shape[len(lead) :]
+        storage = self.layout.code.storage
+        for leaf in self.data:
+            if leaf.dtype != storage:
+                rule = f"{self.layout.code} codes are stored as {storage}"
+                raise LayoutError(where, f"data of dtype {leaf.dtype}", rule)
 
         def expect(leaf: Any, grid: Grid) -> Any:
             rule = (*lead, *(cells(n, step) for n, step in zip(extents, grid, strict=True)))
@@ -136,6 +141,8 @@ class QTensor:
             raise LayoutError(
                 where, f"perm of shape {self.perm.shape}", f"one index per input, {extents[-rank:]}"
             )
+        if self.perm is not None and np.dtype(self.perm.dtype).kind not in "iu":
+            raise LayoutError(where, f"perm of dtype {self.perm.dtype}", "indices are integers")
         if self.act is not None and not self.act.dynamic and self.act_scale is None:
             raise LayoutError(
                 where, "static activations without act_scale", "a static scale is a leaf"
@@ -148,10 +155,28 @@ class QTensor:
         return f"QTensor({list(self.shape)} {self.layout}{perm}{act})"
 
 
+def require_qtensor(where: str, value: Any) -> QTensor:
+    """Return ``value``, which has to be a QTensor.
+
+    Raises:
+        LayoutError: it is something else.
+    """
+    if not isinstance(value, QTensor):
+        found, action = type(value).__name__, 'jaxquant.quantize(w, "bf16") wraps an array'
+        if found == "Prepared":
+            action = "jaxquant.unprepare_model brings weights back from kernel order"
+        raise LayoutError(where, found, "a QTensor is needed", action)
+    return value
+
+
 def dense(array: Any, axes: tuple[str, ...] = ("out", "in")) -> QTensor:
     """Wrap a 16- or 32-bit array ``[*lead, *axes]`` as a QTensor without scales."""
     names = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-    name = names.get(str(array.dtype))
+    dtype = getattr(array, "dtype", None)
+    name = names.get(str(dtype))
     if name is None:
-        raise LayoutError("dense", f"dtype {array.dtype}", "float32, float16 or bfloat16")
+        found = type(array).__name__ if dtype is None else f"dtype {dtype}"
+        raise LayoutError("dense", found, "float32, float16 or bfloat16")
+    if len(array.shape) < len(axes):
+        raise LayoutError("dense", f"an array of shape {array.shape}", f"it has axes {axes}")
     return QTensor((array,), (), (), dense_layout(CODES[name], axes))

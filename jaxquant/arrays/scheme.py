@@ -106,6 +106,10 @@ class Scheme:
         """
         if isinstance(text, Scheme):
             return text
+        if not isinstance(text, str):
+            raise ConfigError(
+                "scheme", repr(text)[:80], "a Scheme or its name", "e.g. 'w4a16_g128'"
+            )
         if text in _NAMED:
             return _NAMED[text]
         found = re.fullmatch(r"w([2-8])a(16|8|fp8)(?:_g(\d+))?(_asym)?", text)

@@ -46,6 +46,8 @@ class QuantizationConfig:
         Raises:
             ConfigError: another family's config, or a key or value that is not valid here.
         """
+        if not isinstance(config, Mapping):
+            raise ConfigError("quantization_config", type(config).__name__, "an object is needed")
         method = str(config.get("quant_method") or cls.methods[0]).lower().replace("-", "_")
         if method not in cls.methods:
             raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxquant.arguments import instance, path_of
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.arrays.scheme import Scheme
 from jaxquant.convert.fresh import fresh_directory, refuse_existing
@@ -89,8 +91,11 @@ def export_pretrained(
         ConfigError: an unknown format, scheme or kind, or a model that GGUF has no names for.
         PlanError: the plan cannot be met.
     """
-    path = Path(path)
-    if format != "gguf" and format not in TARGETS:
+    if not isinstance(source, str | os.PathLike):
+        action = "write the model with jaxquant.save_pretrained and pass that directory"
+        instance("source", source, Path, "a checkpoint on disk is needed", action)
+    source, path = path_of("source", source), path_of("path", path)
+    if format not in (*TARGETS, "gguf"):
         raise ConfigError("format", repr(format), f"one of {', '.join((*TARGETS, 'gguf'))}")
     if kind is not None and format != "gguf":
         raise ConfigError("kind", repr(kind), "a type of GGUF", "use scheme with other formats")

@@ -26,11 +26,15 @@ def fresh_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary directory beside ``path``, renamed to it at the end, removed on failure.
 
     Raises:
-        FormatError: ``path`` exists.
+        FormatError: ``path`` exists, or its parent cannot be written.
     """
     refuse_existing(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        found, rule = f"it cannot be made ({error.strerror})", "a directory that can be written"
+        raise FormatError(str(path), found, rule, "choose another place") from None
     try:
         yield temporary
         # mkdtemp makes directories private; a checkpoint has the permissions of any other.

@@ -12,6 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxquant.arguments import path_of
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.convert.item import Item
 from jaxquant.convert.name_map import NameMap, read_names, rename, renamed
@@ -202,7 +203,7 @@ def inspect_checkpoint(path: str | Path, names: Names = None) -> Report:
         FormatError: the checkpoint breaks its format.
         ConfigError, PlanError: a name map that is not valid or does not fit.
     """
-    path = Path(path)
+    path = path_of("path", path)
     if is_saved(path):
         if names is not None:
             rule = f"{path} is converted already"

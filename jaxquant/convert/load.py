@@ -16,6 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxquant.arguments import float_dtype, instance, path_of
 from jaxquant.convert.gguf_tokenizer import read_tokenizer
 from jaxquant.convert.item import Item
 from jaxquant.convert.name_map import NameMap
@@ -97,7 +98,7 @@ def from_pretrained(
     names: NameMap | str | Path | None = None,
     config: Mapping[str, Any] | str | Path | None = None,
     mesh: Mesh | None = None,
-    dtype: Any = jnp.bfloat16,
+    dtype: Any = None,
     scan_layers: bool = False,
 ) -> CausalLM:
     """Load a checkpoint as an NNX model, its weights as they are on disk.
@@ -112,7 +113,8 @@ def from_pretrained(
             where its architecture is unknown; ``names`` says what it calls its tensors.
         mesh: places weights over devices; axes named ``tp`` (or ``model``) split heads and inner
             widths, ``ep`` (or ``expert``) splits experts, any others replicate.
-        dtype: compute dtype, float32, bfloat16 or float16.  Weights keep their own.
+        dtype: compute dtype, float32, bfloat16 or float16.  Weights keep their own.  None is
+            bfloat16, or what a converted model was saved with.
         scan_layers: stack each run of equal layers and compile it as one loop, in a time that does
             not grow with depth (see :func:`jaxquant.stack_layers`).  Not the default, since the
             loop takes each layer's weights out of the stack, which costs decoding more than the
@@ -125,7 +127,11 @@ def from_pretrained(
         ConfigError: unknown architecture, invalid plan or dtype.
         PlanError: tensors are missing, left over or of the wrong shape; all of them.
     """
-    path = Path(path)
+    path = path_of("path", path)
+    if mesh is not None:
+        instance("mesh", mesh, Mesh, "a jax.sharding.Mesh is needed")
+    if dtype is not None:
+        dtype = float_dtype("dtype", dtype)
     place = placer(mesh)
     prepares = mesh is None and has_kernels()
     tokenizer = tokenizer_of(path)
@@ -134,7 +140,7 @@ def from_pretrained(
             if value is not None:
                 rule = f"{path} is converted already"
                 raise ConfigError(option, str(value)[:200], rule, "use the original checkpoint")
-        model = load_saved(path, mesh)
+        model = load_saved(path, mesh, dtype)
         if prepares:
             model = prepare_model(model)
         if scan_layers:
@@ -144,6 +150,7 @@ def from_pretrained(
         items = {**source.arrays, **source.weights}
         weights = {name: item.abstract for name, item in source.weights.items()}
         arrays = {name: item.abstract for name, item in source.arrays.items()}
+        dtype = jnp.bfloat16 if dtype is None else dtype
         order = _order_of(source.config, weights, arrays, dtype)
         total = sum(items[name].nbytes for name in order)
         with (

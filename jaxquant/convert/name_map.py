@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxquant.arguments import path_of
 from jaxquant.convert.plan_file import load_yaml
 from jaxquant.errors import ConfigError, FormatError, PlanError
 from jaxquant.formats.patterns import matches
@@ -39,7 +40,7 @@ def read_names(names: NameMap | str | Path | None) -> dict[str, str]:
     if names is None:
         return {}
     where = "names" if isinstance(names, Mapping) else str(names)
-    entries = names if isinstance(names, Mapping) else load_yaml(Path(names))
+    entries = names if isinstance(names, Mapping) else load_yaml(path_of("names", names))
     if not isinstance(entries, Mapping) or not entries:
         raise ConfigError(where, "no entries", "a map from the checkpoint's names to the model's")
     for key, target in entries.items():

@@ -27,6 +27,7 @@ from typing import Any
 
 import yaml
 
+from jaxquant.arguments import path_of
 from jaxquant.arrays.scheme import Scheme
 from jaxquant.errors import ConfigError, FormatError
 from jaxquant.formats.patterns import matches
@@ -121,7 +122,7 @@ def read_plan(path: str | Path) -> PrecisionPlan:
         ConfigError: unreadable, not YAML, aliases, duplicate or unknown keys, a precision without
             a source that is no scheme either, a pattern that is no safe expression, no base.
     """
-    path = Path(path)
+    path = path_of("plan", path)
     document = load_yaml(path)
     where = str(path)
     body = document.get("mixed_precision") if isinstance(document, dict) else None

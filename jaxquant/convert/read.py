@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxquant.arguments import path_of
 from jaxquant.arrays.layout import Layout
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.convert.name_map import NameMap, renamed
@@ -309,7 +310,8 @@ def read_quantized(
         ConfigError: an entry of ``names`` is not valid.
         PlanError: entries of ``names`` that fit nothing, disagree or make two names one.
     """
-    if Path(path).suffix == ".gguf":
+    path = path_of("path", path)
+    if path.suffix == ".gguf":
         return read_gguf_quantized(path, names)
     contents = survey(open_checkpoint(path))
     new = renamed(names, contents.modules, contents.tensors, str(path)).modules

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from jaxquant.arguments import instance, path_of
 from jaxquant.arrays.bank import ExpertBank
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.convert.fresh import fresh_directory, refuse_existing
@@ -134,10 +135,12 @@ def save_pretrained(model: CausalLM, path: str | Path) -> None:
         path: a directory that does not exist yet.
     Raises:
         FormatError: ``path`` exists.
+        ConfigError: ``model`` is not one of this package.
     """
     import orbax.checkpoint as ocp
 
-    path = Path(path).resolve()
+    instance("save_pretrained", model, CausalLM, "a CausalLM is needed")
+    path = path_of("path", path).resolve()
     refuse_existing(path)
     model = unstack_layers(unprepare_model(model))
     weights, arrays = describe(model)

@@ -174,6 +174,8 @@ class ModelConfig:
 
 def _family(config: Mapping[str, Any]) -> str:
     """Family of a config; the architecture decides, ``model_type`` where it is absent."""
+    if not isinstance(config, Mapping):
+        raise ConfigError("config.json", type(config).__name__, "an object is needed")
     names, kind = config.get("architectures") or [], config.get("model_type")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError("config.json: architectures", repr(names)[:80], "a list of names")

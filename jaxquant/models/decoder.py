@@ -10,9 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
+from jaxquant.arguments import token_ids
 from jaxquant.arrays.bank import ExpertBank, Run
 from jaxquant.arrays.qtensor import QTensor
+from jaxquant.errors import ConfigError
 from jaxquant.models.config import ModelConfig
 from jaxquant.nn.attention import Attention, Entries, Step
 from jaxquant.nn.basic import MLP, Embedding, RMSNorm
@@ -153,9 +156,22 @@ class CausalLM(nnx.Module):
             input_ids: int32 ``[batch, token]``, right-padded where rows are shorter.
         Returns:
             float32 ``[batch, token, vocab]``.
+        Raises:
+            ConfigError: another shape or type, or (outside of jit) ids past the vocabulary.
         """
         graph, state = self.split()
-        return _logits(graph, state, jnp.asarray(input_ids, jnp.int32))
+        if not isinstance(input_ids, Tracer):
+            input_ids = jnp.asarray(token_ids("input_ids", input_ids, self.config.vocab_size))
+        if (
+            input_ids.ndim != 2
+            or not input_ids.size
+            or not jnp.issubdtype(input_ids.dtype, jnp.integer)
+        ):
+            found = f"{input_ids.dtype} of shape {input_ids.shape}"
+            raise ConfigError(
+                "input_ids", found, "whole numbers [batch, token] are needed, one at least"
+            )
+        return _logits(graph, state, input_ids.astype(jnp.int32))
 
     @property
     def nbytes(self) -> int:

@@ -8,8 +8,10 @@ import jax
 from flax import nnx
 
 from jaxquant import ops
+from jaxquant.arguments import float_dtype
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.errors import LayoutError
+from jaxquant.ops import operands
 from jaxquant.ops.prepared import Prepared
 
 Weights = tuple[QTensor | Prepared, ...]
@@ -36,14 +38,16 @@ class Linear(nnx.Module):
     """
 
     def __init__(self, weight: QTensor | Prepared, bias: Any = None, dtype: Any = None) -> None:
+        weight = operands.weight("Linear", weight)
         if sorted(weight.axes) != ["in", "out"] or weight.lead:
             raise LayoutError("Linear", f"a weight {weight!r}", "axes 'out' and 'in', nothing else")
-        if bias is not None and tuple(bias.shape) != (weight.extent("out"),):
-            expected = f"one entry for each of {weight.extent('out')} outputs"
-            raise LayoutError("Linear", f"a bias of shape {tuple(bias.shape)}", expected)
+        shape = None if bias is None else getattr(bias, "shape", type(bias).__name__)
+        if bias is not None and shape != (weight.extent("out"),):
+            expected = f"an array with one entry for each of {weight.extent('out')} outputs"
+            raise LayoutError("Linear", f"a bias of shape {shape}", expected)
         self.weight = QWeight(weight)
         self.bias = None if bias is None else nnx.Param(bias)
-        self.dtype = dtype
+        self.dtype = None if dtype is None else float_dtype("dtype", dtype)
 
     def __call__(self, x: jax.Array | ops.QActivation) -> jax.Array:
         """``[..., in] -> [..., out]`` in the dtype of ``x`` (or ``self.dtype``).

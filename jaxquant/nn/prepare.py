@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
+from jaxquant.arguments import instance
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.nn.attention import Attention
 from jaxquant.nn.basic import MLP
@@ -42,7 +43,10 @@ def prepare_model(model: Model) -> Model:
 
     Args:
         model: any NNX model with :class:`jaxquant.Linear` layers; it is left as it was.
+    Raises:
+        ConfigError: no NNX model.
     """
+    instance("prepare_model", model, nnx.Module, "an NNX model is needed")
     prepared = nnx.clone(model)
     for module, names, joined in _joins(prepared):
         _join(module, names, joined)
@@ -57,7 +61,12 @@ def prepare_model(model: Model) -> Model:
 
 
 def unprepare_model(model: Model) -> Model:
-    """Exact inverse of :func:`prepare_model`."""
+    """Exact inverse of :func:`prepare_model`.
+
+    Raises:
+        ConfigError: no NNX model.
+    """
+    instance("unprepare_model", model, nnx.Module, "an NNX model is needed")
     plain = nnx.clone(model)
     for module, names, joined in _joins(plain):
         _cut(module, names, joined)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxquant.arguments import instance
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.arrays.scheme import Scheme
 from jaxquant.errors import ConfigError
@@ -53,6 +54,8 @@ def quantize_model(model: M, rules: Mapping[str, Scheme | str | None]) -> M:
         ConfigError: a rule that matches no layer, a scheme that does not fit a layer, a matched
             layer that is quantized already or cannot be (LinearGeneral, Einsum, a subclass).
     """
+    instance("quantize_model", model, nnx.Module, "an NNX model is needed")
+    instance("rules", rules, Mapping, "a mapping is needed", 'e.g. {"up_proj$": "w4a16_g128"}')
     chooser = _Rules(rules)
     prepared = is_prepared(model)
     whole = unprepare_model(model) if prepared else model
@@ -84,6 +87,7 @@ class _Rules:
     def __init__(self, rules: Mapping[str, Scheme | str | None]) -> None:
         self.rules: list[tuple[re.Pattern[str], Scheme | None]] = []
         for text, scheme in rules.items():
+            instance("rule", text, str, "a regular expression is needed")
             parsed = None if scheme is None else Scheme.parse(scheme)
             try:
                 self.rules.append((re.compile(text), parsed))

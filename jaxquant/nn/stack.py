@@ -22,6 +22,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxquant.arguments import instance
 from jaxquant.arrays.bank import ExpertBank, Run, StackedBank
 from jaxquant.transforms.experts import equal_runs
 from jaxquant.transforms.leading import take_lead
@@ -126,6 +127,8 @@ def stack_layers(model: M) -> M:
 
     Args:
         model: an NNX model with :class:`Layers` in it, real or abstract; left as it was.
+    Raises:
+        ConfigError: no NNX model.
     """
     copy = nnx.clone(unstack_layers(model))
     for sequence in _sequences(copy):
@@ -137,7 +140,12 @@ def stack_layers(model: M) -> M:
 
 
 def unstack_layers(model: M) -> M:
-    """Exact inverse of :func:`stack_layers`; a model without stacks comes back itself."""
+    """Exact inverse of :func:`stack_layers`; a model without stacks comes back itself.
+
+    Raises:
+        ConfigError: no NNX model.
+    """
+    instance("model", model, nnx.Module, "an NNX model is needed")
     if not any(sequence.stacked for sequence in _sequences(model)):
         return model
     copy = nnx.clone(model)

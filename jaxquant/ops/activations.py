@@ -13,6 +13,7 @@ from jax import lax
 
 import pallas_kernels as pk
 from jaxquant.arrays.scheme import ActSpec
+from jaxquant.errors import LayoutError
 from jaxquant.transforms.numeric import E2M1_THRESHOLDS, encode_values, power_of_two_scale
 
 
@@ -109,6 +110,31 @@ class QActivation:
         codes = made.codes.reshape(*like.shape[:-1], made.codes.shape[-1])
         return cls(codes, made.scale, made.zero, act, like.dtype)
 
+    def check(self, where: str) -> QActivation:
+        """Return self after checking every leaf.
+
+        Raises:
+            LayoutError: a leaf has another shape or dtype than ``act`` and the codes' shape give.
+        """
+        rows, group = math.prod(self.shape[:-1]), self.act.group_size
+        shape = (1, 1) if self.act.granularity == "tensor" else (rows, 1)
+        if group:
+            shape = (-(-self.shape[-1] // group), -(-rows // 4) * 4)
+        zero = None if self.act.symmetric else jnp.int32
+        if self.codes.dtype != self.act.code.storage:
+            found = f"codes of {self.codes.dtype}"
+            raise LayoutError(where, found, f"{self.act} has {self.act.code.storage}")
+        for name, leaf, dtype in (
+            ("scale", self.scale, jnp.float32),
+            ("zero", self.zero, zero),
+        ):
+            good = leaf is None if dtype is None else leaf is not None and leaf.dtype == dtype
+            if not good or (leaf is not None and leaf.shape != shape):
+                found = f"a {name} {None if leaf is None else (str(leaf.dtype), leaf.shape)}"
+                needed = None if dtype is None else (jnp.dtype(dtype).name, shape)
+                raise LayoutError(where, found, f"{self.act} of {self.shape} has {needed}")
+        return self
+
     def rows(self) -> pk.Quantized:
         """The operands of a kernel, codes ``[R, in]``."""
         return pk.Quantized(self.codes.reshape(-1, self.shape[-1]), self.scale, self.zero)
@@ -117,9 +143,9 @@ class QActivation:
         """The same for the XLA path."""
         group, lead = self.act.group_size or 0, self.shape[:-1]
         scale, zero = self.scale, self.zero
+        shape = (1,) * self.ndim if self.act.granularity == "tensor" else (*lead, 1)
         if group:
-            scale = scale[:, : math.prod(lead)].T
-        shape = (*lead, -1) if self.act.granularity != "tensor" else (1,) * self.ndim
+            scale, shape = scale[:, : math.prod(lead)].T, (*lead, scale.shape[0])
         wide = None if zero is None else zero.astype(jnp.float32).reshape(shape)
         return ExactCodes(_rounded(self.codes), scale.reshape(shape), wide, group)
 
@@ -203,27 +229,26 @@ def quantize_activation(x: jax.Array, q: Activated) -> ExactCodes:
             codes, static.reshape(ones), None if zero is None else zero.reshape(ones), 0
         )
     group = spec.group_size if spec.granularity == "group" and spec.group_size else 0
-    width = x.shape[-1]
+    *lead, width = x.shape
+    cells, pad = (-(-width // group), -width % group) if group else (1, 0)
     if group:
-        pad = -width % group
-        blocks = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, pad)])
-        blocks = blocks.reshape(*x.shape[:-1], -1, group)
+        blocks = jnp.pad(x, [(0, 0)] * len(lead) + [(0, pad)]).reshape(*lead, cells, group)
     else:
         blocks = x[..., None, :]
     axes = (-2, -1) if not group else (-1,)
     if spec.granularity == "tensor":
         axes = tuple(range(blocks.ndim))
     if spec.symmetric:
-        amax = jnp.max(jnp.abs(blocks), axis=axes, keepdims=True)
+        amax = jnp.max(jnp.abs(blocks), axis=axes, keepdims=True, initial=0.0)
         tensor_scale = static
         if spec.scale_code == "e4m3" and static is None:
-            tensor_scale = jnp.max(amax) / (spec.levels * 448.0)
+            tensor_scale = jnp.max(amax, initial=0.0) / (spec.levels * 448.0)
             tensor_scale = jnp.where(tensor_scale > 0, tensor_scale, 1.0)
         scale, zero = _dynamic_scale(amax, spec, tensor_scale), None
         scaled = _divide(blocks, scale)
     else:
-        low = jnp.minimum(jnp.min(blocks, axis=axes, keepdims=True), 0.0)
-        high = jnp.maximum(jnp.max(blocks, axis=axes, keepdims=True), 0.0)
+        low = jnp.min(blocks, axis=axes, keepdims=True, initial=0.0)
+        high = jnp.max(blocks, axis=axes, keepdims=True, initial=0.0)
         scale = _divide(high - low, spec.code.max - spec.code.min)
         scale = jnp.where(scale > 0, scale, 1.0)
         zero = jnp.clip(
@@ -231,8 +256,8 @@ def quantize_activation(x: jax.Array, q: Activated) -> ExactCodes:
         )
         scaled = _divide(blocks, scale) + zero
     codes = _round_to_code(scaled, spec)
-    codes = codes.reshape(*x.shape[:-1], -1)[..., :width]
-    rows = (*x.shape[:-1], -1 if group else 1)
+    codes = codes.reshape(*lead, width + pad)[..., :width]
+    rows = (*lead, cells)
     scale = jnp.broadcast_to(scale[..., 0], (*blocks.shape[:-1],)).reshape(rows)
     if zero is not None:
         zero = jnp.broadcast_to(zero[..., 0], (*blocks.shape[:-1],)).reshape(rows)

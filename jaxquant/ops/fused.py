@@ -16,6 +16,8 @@ from jax import lax
 
 import pallas_kernels as pk
 from jaxquant.arrays.qtensor import QTensor
+from jaxquant.errors import LayoutError
+from jaxquant.ops import operands
 from jaxquant.ops.activations import QActivation, as_rows, gate, quantize_activation
 from jaxquant.ops.backend import Backend, resolve
 from jaxquant.ops.kernels import quantize_options, quantize_refusal, scale_layout
@@ -34,7 +36,12 @@ def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
         epsilon: added to the mean square.
     Returns:
         ``[..., features]`` in the dtype of ``x``.
+    Raises:
+        LayoutError: ``x`` is no such array, or ``weight`` has another shape.
     """
+    x = operands.activation("rms_norm", x)
+    if weight.shape != x.shape[-1:]:
+        raise LayoutError("rms_norm", f"a weight of shape {weight.shape}", f"x is {x.shape}")
     wide = x.astype(jnp.float32)
     wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
     return (wide * weight.astype(jnp.float32)).astype(x.dtype)
@@ -64,7 +71,11 @@ def rms_norm_quantize(
     Returns:
         What :func:`jaxquant.matmul` takes with each of ``readers``: a QActivation, or the dense
         ``[..., features]`` where they do not agree or there is no kernel.
+    Raises:
+        LayoutError: shapes do not fit, or a reader is no weight.
     """
+    x = operands.activation("rms_norm_quantize", x)
+    _check_readers("rms_norm_quantize", readers, x.shape[-1])
     plain = functools.partial(rms_norm, weight=weight, epsilon=epsilon)
     fused = {"rms_weight": weight, "rms_epsilon": epsilon}
     return _quantized(x, readers, plain, fused, backend)
@@ -74,7 +85,21 @@ def silu_mul_quantize(
     gate_up: jax.Array, readers: Sequence[Weight], *, backend: Backend | None = None
 ) -> jax.Array | QActivation:
     """``silu(gate) * up`` of ``[..., 2 * inner]``, gate first, as by :func:`rms_norm_quantize`."""
+    gate_up = operands.activation("silu_mul_quantize", gate_up)
+    if gate_up.shape[-1] % 2:
+        found = f"gate and up of shape {gate_up.shape}"
+        raise LayoutError("silu_mul_quantize", found, "[..., 2 * inner] is needed")
+    _check_readers("silu_mul_quantize", readers, gate_up.shape[-1] // 2)
     return _quantized(gate_up, readers, gate, {"gated": True}, backend)
+
+
+def _check_readers(where: str, readers: Sequence[Weight], width: int) -> None:
+    if not isinstance(readers, list | tuple):
+        found = f"readers of type {type(readers).__name__}"
+        raise LayoutError(where, found, "a list or tuple of weights is needed")
+    for q in readers:
+        if operands.weight(where, q).extent("in") != width:
+            raise LayoutError(where, f"{q!r} as a reader", f"it would read {width} inputs")
 
 
 def _common(readers: Sequence[Weight]) -> Weight | None:

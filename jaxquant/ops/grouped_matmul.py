@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from jaxquant.arrays.bank import ExpertBank, StackedBank
 from jaxquant.errors import LayoutError
+from jaxquant.ops import operands
 from jaxquant.ops.backend import Backend, resolve
 from jaxquant.ops.select import run_grouped_matmul
 
@@ -34,24 +34,17 @@ def grouped_matmul(
     Returns:
         ``[rows, out]`` in ``x.dtype``.
     Raises:
-        LayoutError: shapes do not fit, or ``source`` is no int32 vector.
+        LayoutError: shapes or types do not fit, or, where values are known (not under jit), sizes
+            do not add up or rows or a layer are not there.
         KernelError: "pallas" or "interpret" was asked for and no kernel takes the problem.
     """
+    where = "grouped_matmul"
+    bank, x = operands.bank(where, bank), operands.activation(where, x)
     parts = bank.stack.parts if isinstance(bank, StackedBank) else bank.parts
-    inn = parts[0].extent("in")
-    width = inn * (2 if gated else 1)
+    width = parts[0].extent("in") * (2 if gated else 1)
     if x.ndim != 2 or x.shape[-1] != width:
-        raise LayoutError("grouped_matmul", f"x of shape {x.shape}", f"[rows, {width}] is needed")
-    if group_sizes.shape != (bank.experts,):
-        raise LayoutError(
-            "grouped_matmul",
-            f"group_sizes of shape {group_sizes.shape}",
-            f"one size for each of {bank.experts} experts",
-        )
-    if source is not None and (source.ndim != 1 or source.dtype != jnp.int32):
-        raise LayoutError(
-            "grouped_matmul",
-            f"source {source.dtype} of shape {source.shape}",
-            "an int32 [rows] of row numbers of x is needed",
-        )
+        raise LayoutError(where, f"x of shape {x.shape}", f"[rows, {width}] is needed")
+    source = None if source is None else operands.row_numbers(where, source, x.shape[0])
+    rows = x.shape[0] if source is None else source.shape[0]
+    group_sizes = operands.group_sizes(where, group_sizes, bank.experts, rows)
     return run_grouped_matmul(x, bank, group_sizes, resolve(backend), source, gated)

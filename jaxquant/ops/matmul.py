@@ -6,6 +6,7 @@ import jax
 
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.errors import LayoutError
+from jaxquant.ops import operands
 from jaxquant.ops.activations import QActivation
 from jaxquant.ops.backend import Backend, resolve
 from jaxquant.ops.prepared import Prepared
@@ -28,9 +29,11 @@ def matmul(
     Returns:
         ``[..., out]`` in ``x.dtype``.
     Raises:
-        LayoutError: shapes do not fit, ``q`` has leading axes, or ``x`` is quantized otherwise.
+        LayoutError: shapes or types do not fit, a leaf of ``q`` breaks its layout, ``q`` has
+            leading axes, or ``x`` is quantized otherwise.
         KernelError: "pallas" or "interpret" was asked for and no kernel takes the problem.
     """
+    q = operands.weight("matmul", q)
     if sorted(q.axes) != ["in", "out"] or q.lead:
         raise LayoutError(
             "matmul",
@@ -38,7 +41,8 @@ def matmul(
             "axes 'in' and 'out', no leading axes",
             "use jax.vmap for stacked weights",
         )
-    if x.ndim < 1 or x.shape[-1] != q.extent("in"):
+    x = x.check("matmul") if isinstance(x, QActivation) else operands.activation("matmul", x)
+    if x.shape[-1] != q.extent("in"):
         raise LayoutError(
             "matmul", f"x of shape {x.shape}", f"the last axis is in = {q.extent('in')}"
         )

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.arguments import whole
 from jaxquant.arrays.bank import ExpertBank, ExpertPlan, Run
-from jaxquant.arrays.qtensor import QTensor
+from jaxquant.arrays.qtensor import QTensor, require_qtensor
 from jaxquant.errors import PlanError
 from jaxquant.transforms.leading import index_lead
 from jaxquant.transforms.repack import aligned_empty
@@ -83,14 +84,17 @@ def plan_experts(
     Raises:
         PlanError: projections of different length, or experts of one projection whose logical
             shapes differ.
+        ConfigError: ``devices`` is no number of devices.
+        LayoutError: an expert is no QTensor.
     """
+    devices = whole("devices", devices)
     counts = {len(column) for column in projections}
     if len(counts) != 1 or 0 in counts:
         raise PlanError(where, [f"projections have {sorted(counts)} experts, all need as many"])
     problems = [
         f"projection {p}: experts have shapes {shapes}, all are equal"
         for p, column in enumerate(projections)
-        if len(shapes := sorted({q.shape for q in column})) > 1
+        if len(shapes := sorted({require_qtensor(where, q).shape for q in column})) > 1
     ]
     if problems:
         raise PlanError(where, problems)
@@ -129,6 +133,7 @@ def bank_experts(
     Raises:
         PlanError: a loaded expert has another layout or shape than the rest of its run.
     """
+    projection = whole("projection", projection, 0, len(plan.runs) - 1)
     runs = plan.runs[projection]
     parts = []
     for run in runs:
@@ -142,7 +147,7 @@ def bank_experts(
 
 
 def _stack(experts: Sequence[int], load: Callable[[int], QTensor], where: str) -> QTensor:
-    first = load(experts[0])
+    first = require_qtensor(where, load(experts[0]))
     leaves, structure = jax.tree.flatten(first)
     expected, count = signature(first), len(experts)
     on_host = all(isinstance(leaf, np.ndarray) for leaf in leaves)
@@ -169,7 +174,12 @@ def _stack(experts: Sequence[int], load: Callable[[int], QTensor], where: str) -
 
 
 def expert_weight(bank: ExpertBank, plan: ExpertPlan, expert: int) -> QTensor:
-    """Return one expert's weight ``[out, in]`` by id."""
+    """Return one expert's weight ``[out, in]`` by id.
+
+    Raises:
+        ConfigError: there is no such expert.
+    """
+    expert = whole("expert", expert, 0, plan.experts - 1)
     device, local = divmod(int(plan.positions[expert]), plan.local)
     for run, part in zip(bank.runs, bank.parts, strict=True):
         if run.start <= local < run.stop:

@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from jaxquant.arrays.qtensor import QTensor
+from jaxquant.arrays.qtensor import QTensor, require_qtensor
 from jaxquant.errors import LayoutError
 from jaxquant.transforms.structure import namespace, require_same
 
@@ -35,7 +36,7 @@ def stack(parts: Sequence[QTensor]) -> QTensor:
 
 def unstack(q: QTensor) -> list[QTensor]:
     """Inverse of :func:`stack`."""
-    if not q.lead:
+    if not require_qtensor("unstack", q).lead:
         raise LayoutError("unstack", "a weight without leading axes", "stack adds one")
     return [index_lead(q, i) for i in range(q.lead[0])]
 
@@ -61,7 +62,17 @@ def take_lead(leaf: Any, index: Any) -> Any:
 
 
 def index_lead(q: QTensor, index: Any) -> QTensor:
-    """Index leading axes of every leaf: by an integer, a slice, an index array or a tuple."""
+    """Index leading axes of every leaf: by an integer, a slice, an index array or a tuple.
+
+    Raises:
+        LayoutError: there are not as many leading axes, or an integer is out of range.
+    """
+    entries = index if isinstance(index, tuple) else (index,)
+    lead = require_qtensor("index_lead", q).lead
+    known = [i for i in entries if isinstance(i, int | np.integer)]
+    past = any(not -n <= i < n for i, n in zip(known, lead, strict=False))
+    if len(entries) > len(lead) or (len(known) == len(entries) and past):
+        raise LayoutError("index_lead", f"index {index!r}", f"the leading axes are {lead}")
     picked = q.map(lambda leaf, _: take_lead(leaf, index))
     return picked if q.perm is None else dataclasses.replace(picked, perm=q.perm[index])
 

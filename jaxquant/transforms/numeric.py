@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.arguments import float_dtype
 from jaxquant.arrays.codes import CODES, Code
 from jaxquant.arrays.layout import WHOLE, Grid, Layout, packed_grids
-from jaxquant.arrays.qtensor import QTensor, dense
+from jaxquant.arrays.qtensor import QTensor, dense, require_qtensor
 from jaxquant.arrays.scheme import Scheme
 from jaxquant.errors import ConfigError, LayoutError
 from jaxquant.transforms.repack import pack_codes, unpack_codes
@@ -53,14 +54,16 @@ def dequantize(
 
     Args:
         q: ``[*lead, *q.axes]`` in any layout.
-        dtype: result type.
+        dtype: result type, of floats.
         axes: order of the trailing axes of the result.
     Returns:
         ``[*lead, *axes]``.
     Raises:
-        LayoutError: ``axes`` is not an order of ``q.axes``.
+        LayoutError: ``axes`` is not an order of ``q.axes``, or a leaf breaks the layout.
+        ConfigError: ``dtype`` is none of floats.
     """
-    q = to_axes(q, axes)
+    q = to_axes(require_qtensor("dequantize", q).check("dequantize"), axes)
+    dtype = float_dtype("dtype", dtype)
     layout = q.layout
     if layout.dense:
         return jnp.asarray(q.data[0]).astype(dtype)
@@ -145,15 +148,16 @@ def quantize(w: Any, scheme: Scheme | str, axes: Sequence[str] = ("in", "out")) 
         scheme: a :class:`Scheme` or its name.
         axes: names of the two trailing axes of ``w``.
     Returns:
-        A QTensor with the same axes, whose activations are quantized as the scheme says.
+        A QTensor with the same axes, whose activations are quantized as the scheme says.  Where
+        ``w`` is not finite, so is the whole cell that shares a scale with it.
     Raises:
         ConfigError: the scheme cannot be written (unknown name, groups that do not divide ``in``).
-        LayoutError: ``axes`` are not ``out`` and ``in``.
+        LayoutError: ``axes`` are not ``out`` and ``in``, or ``w`` is no such array of floats.
     """
     scheme = Scheme.parse(scheme)
     if sorted(axes) != ["in", "out"]:
         raise LayoutError("quantize", f"axes {tuple(axes)}", "'in' and 'out' in some order")
-    w = jnp.asarray(w)
+    w = _dense_array(w)
     if scheme.block is None:
         return dense(w.astype(scheme.weight.storage), tuple(axes))
     if tuple(axes) == ("in", "out"):
@@ -167,11 +171,27 @@ def quantize(w: Any, scheme: Scheme | str, axes: Sequence[str] = ("in", "out")) 
     return to_axes(_quantize(w, scheme), tuple(axes))
 
 
+def _dense_array(w: Any) -> jax.Array:
+    """``w`` as an array ``[*lead, out, in]`` or ``[*lead, in, out]`` of floats, not empty."""
+    try:
+        array = jnp.asarray(w)
+    except (TypeError, ValueError):
+        raise LayoutError("quantize", type(w).__name__, "a dense array is needed") from None
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        action = "codes of a checkpoint come with their scales: see jaxquant.read_quantized"
+        raise LayoutError("quantize", f"a weight of {array.dtype}", "any float type", action)
+    if array.ndim < 2 or 0 in array.shape[-2:]:
+        raise LayoutError("quantize", f"a weight of shape {array.shape}", "inputs and outputs")
+    return array
+
+
 def _quantize(w: jax.Array, scheme: Scheme) -> QTensor:
     code, block = scheme.weight, scheme.block
     assert block is not None
     blocks, extents = _blocks(w.astype(jnp.float32), block)
     amax = jnp.max(jnp.abs(blocks), axis=(-3, -1), keepdims=True)
+    # Integers cannot say that they are no numbers: the scale of their cell does.
+    finite = jnp.all(jnp.isfinite(blocks), axis=(-3, -1), keepdims=True)
     zeros: tuple[Any, ...] = ()
     top: tuple[Any, ...] = ()
     # Group scales take 16 bits, as in checkpoints; per channel or block they cost nothing.
@@ -191,7 +211,7 @@ def _quantize(w: jax.Array, scheme: Scheme) -> QTensor:
         low = jnp.minimum(jnp.min(blocks, axis=(-3, -1), keepdims=True), 0.0)
         high = jnp.maximum(jnp.max(blocks, axis=(-3, -1), keepdims=True), 0.0)
         stored = ((high - low) / (code.max - code.min)).astype(scale_dtype)
-        stored = jnp.where(stored > 0, stored, 1).astype(scale_dtype)
+        stored = jnp.where(finite, jnp.where(stored > 0, stored, 1), jnp.nan).astype(scale_dtype)
         scale = stored.astype(jnp.float32)
         zero = jnp.clip(jnp.round(code.min - low / scale), code.min, code.max)
         blocks = blocks + zero * scale
@@ -201,7 +221,8 @@ def _quantize(w: jax.Array, scheme: Scheme) -> QTensor:
         low = -jnp.min(blocks, axis=(-3, -1), keepdims=True) / -code.min
         high = jnp.max(blocks, axis=(-3, -1), keepdims=True) / code.max
         widest = jnp.maximum(low, high)
-        stored = jnp.where(amax > 0, widest, 1.0).astype(scale_dtype)
+        widest = jnp.where(amax > 0, widest, 1.0)
+        stored = jnp.where(finite, widest, jnp.nan).astype(scale_dtype)
         scale = stored.astype(jnp.float32)
     patterns = encode_values(_unblock(blocks / scale, extents), code)
     axes = ("out", "in")
@@ -223,11 +244,12 @@ def _quantize(w: jax.Array, scheme: Scheme) -> QTensor:
 
 def requantize(q: QTensor, scheme: Scheme | str) -> QTensor:
     """Quantize the dense value of ``q`` again with another scheme; lossy, hence spelled out."""
-    return quantize(dequantize(q, axes=q.axes), scheme, q.axes)
+    return quantize(dequantize(q, axes=require_qtensor("requantize", q).axes), scheme, q.axes)
 
 
 def weight_only(q: QTensor) -> QTensor:
     """The same weight without activation quantization."""
+    require_qtensor("weight_only", q)
     return dataclasses.replace(q, act=None, act_scale=None, act_zero=None)
 
 

@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxquant.arrays.layout import WHOLE, Grid
-from jaxquant.arrays.qtensor import QTensor
+from jaxquant.arrays.qtensor import QTensor, require_qtensor
 from jaxquant.errors import LayoutError
 
 
@@ -75,12 +75,20 @@ def specs(
     Returns:
         The same pytree, to be used as ``jit(in_shardings=)`` or in ``shard_map``.
     Raises:
-        LayoutError: a shard would end inside a group or a block, two axes use one mesh axis, or an
-            act-order weight would be split along ``in`` (gather the activations first).
+        LayoutError: a shard would end inside a group or a block, two axes use one mesh axis, an
+            act-order weight would be split along ``in`` (gather the activations first), or an axis
+            is named that ``q`` or the mesh does not have.
     """
+    unknown = sorted(set(logical) - set(require_qtensor(where, q).axes))
+    if unknown:
+        raise LayoutError(where, f"logical axes of {unknown}", f"the axes are {q.axes}")
+    if len(lead) > len(q.lead):
+        raise LayoutError(where, f"{lead} for leading axes", f"the weight has {len(q.lead)}")
     chosen = {axis: rules.mesh_axis(logical.get(axis)) for axis in q.axes}
     lead_axes = tuple(rules.mesh_axis(name) for name in lead) + (None,) * (len(q.lead) - len(lead))
     used = [axis for axis in (*lead_axes, *chosen.values()) if axis is not None]
+    if absent := [axis for axis in used if axis not in mesh.shape]:
+        raise LayoutError(where, f"mesh axes {absent}", f"the mesh has {tuple(mesh.shape)}")
     if len(set(used)) != len(used):
         raise LayoutError(where, f"mesh axes {used}", "a mesh axis splits one axis of a weight")
     for axis, mesh_axis in chosen.items():

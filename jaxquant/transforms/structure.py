@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxquant.arguments import whole
 from jaxquant.arrays.layout import WHOLE, Grid, cells
-from jaxquant.arrays.qtensor import QTensor
+from jaxquant.arrays.qtensor import QTensor, require_qtensor
 from jaxquant.errors import LayoutError
 
 
@@ -33,7 +34,7 @@ def to_axes(q: QTensor, axes: Sequence[str]) -> QTensor:
     Raises:
         LayoutError: ``axes`` is not an order of ``q.axes``.
     """
-    layout = q.layout.permute(axes)
+    layout = require_qtensor("to_axes", q).layout.permute(axes)
     if layout.axes == q.axes:
         return q
     order = [q.axes.index(a) for a in axes]
@@ -67,22 +68,22 @@ def slice_axis(q: QTensor, axis: str, start: int, stop: int) -> QTensor:
     Raises:
         LayoutError: a boundary falls inside a group; the message gives the nearest legal cuts.
     """
-    extent, span = q.extent(axis), q.layout.span(axis)
+    where = f"slice {axis!r}"
+    extent, span = require_qtensor(where, q).extent(axis), q.layout.span(axis)
+    start, stop = whole(where, start, None), whole(where, stop, None)
     if not 0 <= start < stop <= extent:
-        raise LayoutError(
-            f"slice {axis!r}", f"[{start}:{stop}] of {extent}", "0 <= start < stop <= extent"
-        )
+        raise LayoutError(where, f"[{start}:{stop}] of {extent}", "0 <= start < stop <= extent")
     for cut in (start, stop):
         if cut % span and cut != extent:
             low = cut // span * span
             raise LayoutError(
-                f"slice {axis!r}",
+                where,
                 f"a cut at {cut}",
                 f"{q.layout} can be cut at multiples of {span} and at the end, {extent}",
                 f"cut at {low} or {min(low + span, extent)}",
             )
     if axis == "in":
-        _require_unpermuted(q, f"slice {axis!r}")
+        _require_unpermuted(q, where)
     i = q.layout.index(axis)
     rank = len(q.axes)
 
@@ -102,16 +103,27 @@ def split(q: QTensor, axis: str, sizes: Sequence[int]) -> list[QTensor]:
     Raises:
         LayoutError: the sizes do not add up to the extent, or a boundary falls inside a group.
     """
-    if sum(sizes) != q.extent(axis):
-        raise LayoutError(
-            f"split {axis!r}", f"sizes {list(sizes)}", f"they must add up to {q.extent(axis)}"
-        )
+    where = f"split {axis!r}"
+    extent = require_qtensor(where, q).extent(axis)
+    sizes = [whole(where, size) for size in sizes]
+    if sum(sizes) != extent:
+        raise LayoutError(where, f"sizes {sizes}", f"they must add up to {extent}")
     bounds = np.cumsum([0, *sizes]).tolist()
     return [slice_axis(q, axis, a, b) for a, b in itertools.pairwise(bounds)]
 
 
+def require_parts(parts: Sequence[QTensor], what: str) -> None:
+    """Raise a LayoutError unless there is a part, and each is a QTensor."""
+    if isinstance(parts, QTensor) or not len(parts):
+        found = "a single QTensor" if isinstance(parts, QTensor) else "no parts"
+        raise LayoutError(what, found, "a list of at least one QTensor is needed")
+    for part in parts:
+        require_qtensor(what, part)
+
+
 def require_same(parts: Sequence[QTensor], what: str) -> None:
     """Raise a LayoutError unless layouts, activations and the leaves that are there are equal."""
+    require_parts(parts, what)
     first = parts[0]
     for i, part in enumerate(parts[1:], 1):
         if part.layout != first.layout or part.act != first.act:
@@ -137,8 +149,8 @@ def refine(q: QTensor, axis: str, step: int) -> QTensor:
     Raises:
         LayoutError: a present step is not a multiple of the new one.
     """
-    if step < 1:
-        raise LayoutError(f"refine {axis!r}", f"step {step}", "a positive number of elements")
+    require_qtensor(f"refine {axis!r}", q)
+    step = whole(f"refine {axis!r}", step)
     return _refine(q, axis, [step] * len(q.scales), [step] * len(q.zeros))
 
 
@@ -204,8 +216,13 @@ def concat(parts: Sequence[QTensor], axis: str) -> QTensor:
             differ, or a part ends inside a scale block.
     """
     what = f"concat {axis!r}"
+    require_parts(parts, what)
     if len({(p.layout.code, len(p.scales), len(p.zeros), p.axes) for p in parts}) != 1:
         raise LayoutError(what, " and ".join(str(p.layout) for p in parts), "one code and formula")
+    others = {(p.lead, *(p.extent(a) for a in p.axes if a != axis)) for p in parts}
+    if len(others) != 1:
+        shapes = " and ".join(map(str, dict.fromkeys(p.shape for p in parts)))
+        raise LayoutError(what, f"shapes {shapes}", f"they are equal but for {axis!r}")
     parts = _common_steps(parts, axis)
     require_same(parts, what)
     span = parts[0].layout.span(axis)
@@ -261,7 +278,8 @@ def pad_axis(q: QTensor, axis: str, extent: int) -> QTensor:
         LayoutError: the extent shrinks, falls inside a packed byte, or the weight is act-order
             along ``in`` or has offsets.
     """
-    old, i, rank = q.extent(axis), q.layout.index(axis), len(q.axes)
+    old = require_qtensor(f"pad {axis!r}", q).extent(axis)
+    i, rank, extent = q.layout.index(axis), len(q.axes), whole(f"pad {axis!r}", extent)
     step = math.lcm(*(grid[i] for grid in q.layout.data))
     if extent < old or extent % step:
         raise LayoutError(f"pad {axis!r}", f"{old} to {extent}", f"grow to a multiple of {step}")

@@ -82,6 +82,18 @@ def test_round_trip_is_exact(mixed, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["saved"], "no temporary directory stays"
 
 
+def test_a_converted_model_computes_in_the_type_asked_for(model, tmp_path):
+    assert model.dtype == jnp.float32
+    jq.save_pretrained(model, tmp_path / "saved")
+    assert jq.from_pretrained(tmp_path / "saved").dtype == jnp.float32
+    restored, direct = (
+        jq.from_pretrained(path, dtype="bfloat16") for path in (tmp_path / "saved", BUNDLED)
+    )
+    assert restored.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(restored(IDS), direct(IDS))
+    assert not np.array_equal(restored(IDS), model(IDS))
+
+
 def test_restoring_onto_a_mesh_splits_and_agrees(mixed, tmp_path):
     jq.save_pretrained(mixed, tmp_path / "saved")
     mesh = Mesh(np.array(jax.devices()[:2]), ("tp",))

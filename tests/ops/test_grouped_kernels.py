@@ -121,7 +121,7 @@ def test_prepared_banks_compute_the_same_and_come_back():
     [
         ({"x": jnp.ones((4, 64))}, r"x of shape \(4, 64\)"),
         ({"gated": True}, r"\[rows, 256\] is needed"),
-        ({"group_sizes": jnp.ones(3, jnp.int32)}, "one size for each of 2"),
+        ({"group_sizes": jnp.ones(3, jnp.int32)}, r"int32 \[2\] is needed"),
         ({"source": jnp.zeros(4, jnp.float32)}, "source float32"),
         ({"source": jnp.zeros((4, 1), jnp.int32)}, r"of shape \(4, 1\)"),
     ],
