@@ -4,7 +4,7 @@ Reading the weights once is all the work, so every SM must pull its share from t
 K is split over warpgroups of a block, which add through shared memory, and over the blocks of a
 cluster, which add through distributed shared memory; then a narrow layer also fills the chip.  A
 block makes one output tile; in a grouped problem, where experts make tiles enough, it makes several
-and does not split K.  Several blocks share an SM when their shared memory allows it, so this kernel
+and has no cluster.  Several blocks share an SM when their shared memory allows it, so this kernel
 leaves the register split to the compiler.
 """
 
@@ -231,10 +231,22 @@ def matmul(
                 store_tile(tile, staging, target, transpose=True)
 
             def idle():
-                if interpret and epilogue.vectors:
+                if epilogue.vectors and (groups or interpret):
                     plgpu.barrier_wait(tile_full)  # the interpreter wants all threads to see it
+                    if groups:
+                        plgpu.barrier_arrive(tile_empty)
 
-            add_shares(c, total, store, more, column=column, share=share, rank=rank, idle=idle)
+            add_shares(
+                c,
+                total,
+                store,
+                more,
+                column=column,
+                share=share,
+                rank=rank,
+                interpret=interpret,
+                idle=idle,
+            )
 
         @pl.when(warpgroup < workers)
         def consume():
@@ -256,7 +268,7 @@ def matmul(
     if epilogue.vectors:
         scratch["tile_full"] = plgpu.Barrier(num_arrivals=len(epilogue.vectors))
         if groups:
-            scratch["tile_empty"] = plgpu.Barrier(num_arrivals=c.channels)
+            scratch["tile_empty"] = plgpu.Barrier(num_arrivals=workers)
     if grouped:
         scratch["groups_sm"] = plgpu.SMEM((stages, round_up(c.bm, 32)), jnp.float32)
     return launch(

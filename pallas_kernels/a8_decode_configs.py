@@ -72,12 +72,14 @@ class DecodeConfig(Config):
             return "8 tokens or fewer take tiles of 8"
         if promotes(problem) and self.atoms > 1:
             return "scales along K need steps of one atom"
-        if problem.experts and (self.split > 1 or self.cluster > 1):
-            return "a grouped problem has tiles enough not to split K"
+        if problem.experts and self.cluster > 1:
+            return "a grouped problem has tiles enough not to split K over blocks"
         if problem.n % (CHANNELS * self.channels):
             return f"N={problem.n} is no multiple of {CHANNELS * self.channels} channels"
         if problem.k % (step * self.cluster) or problem.k // step // self.cluster < self.split:
             return f"K={problem.k} does not split into {self.cluster} x {self.split} runs of {step}"
+        if problem.experts and problem.k // step % self.split:
+            return f"{problem.k // step} steps of K do not divide by a split of {self.split}"
         if self.stages < 2 * self.split:
             return "needs two stages for each share of K: one is released when the next is in use"
         if self.channels * self.split > 7:
@@ -205,7 +207,10 @@ def grouped_decode_candidates(problem: Problem) -> Iterator[DecodeConfig]:
     if problem.x_dtype == "int8":
         heights = {h if h <= 32 else round_up(h, 16) for h in heights}
     for bm in sorted({8} if problem.m <= 8 else heights - {8}):
-        for channels, occupancy in ((1, 2), (1, 3), (2, 1), (2, 2), (3, 1), (4, 1)):
+        shapes = [(1, 1, 2), (1, 1, 3), (2, 1, 1), (2, 1, 2), (3, 1, 1), (4, 1, 1)]
+        if problem.m <= 8:
+            shapes += [(1, 2, 2), (1, 2, 3), (2, 2, 1), (2, 2, 2)]
+        for channels, split, occupancy in shapes:
             for atoms in (1,) if promotes(problem) or bm > 64 else (1, 2):
-                if config := _fitted(problem, bm, atoms, channels, 1, 1, occupancy):
+                if config := _fitted(problem, bm, atoms, channels, split, 1, occupancy):
                     yield config

@@ -103,6 +103,8 @@ def share_scratch(problem: Problem, config: DecodeConfig) -> dict[str, Any]:
     if c.split > 1:
         scratch["sums_sm"] = tiled_smem((c.split - 1, c.channels, CHANNELS, c.bm), dtype)
         scratch["summed"] = plgpu.Barrier(num_arrivals=c.split - 1, num_barriers=c.channels)
+        if problem.experts:
+            scratch["taken"] = plgpu.Barrier(num_arrivals=1, num_barriers=c.channels)
     if c.cluster > 1:
         peers = (c.cluster - 1, c.channels, CHANNELS, c.bm // c.parts)
         scratch["peers_sm"] = plgpu.SMEM(peers, dtype)
@@ -119,6 +121,7 @@ def add_shares(
     column: jax.Array,
     share: jax.Array,
     rank: jax.Array,
+    interpret: bool,
     idle: Callable[[], None],
 ) -> None:
     """Add the sums over all shares of K, and have each part of the tile's tokens stored once.
@@ -131,6 +134,7 @@ def add_shares(
         column: position of the warpgroup over channels.
         share: its position over K.
         rank: position of the block in its cluster.
+        interpret: whether the interpreter runs this.
         idle: called by warpgroups that have given away their sums.
     """
     c, width = config, config.bm // config.parts
@@ -168,6 +172,8 @@ def add_shares(
     def _():
         sums_sm[share - 1, column] = total
         plgpu.barrier_arrive(summed.at[column])
+        if "taken" in scratch:  # another tile follows
+            plgpu.barrier_wait(scratch["taken"].at[column])
         idle()
 
     @pl.when(share == 0)
@@ -176,4 +182,6 @@ def add_shares(
         result = total
         for other in range(c.split - 1):
             result += load(sums_sm.at[other, column], plgpu.Layout.WGMMA)
+        if "taken" in scratch:
+            release(scratch["taken"].at[column], interpret)
         add_blocks(result)

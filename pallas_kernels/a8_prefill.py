@@ -2,15 +2,14 @@
 
 One warpgroup issues TMA copies, the others multiply; tokens are the rows of the wgmma.  The step
 counter runs on across output tiles, so the copies for the next tile proceed during the epilogue.
-A grouped problem differs in where its row tiles lie and whose weights they meet; rows of a
-neighbour in a tile are computed but not stored.
+A grouped problem differs in where its row tiles lie and whose weights they meet.  Rows of a
+neighbour in a tile are not stored, and a warpgroup that has no others multiplies nothing.
 
 With scales along K (1x128 activations, blocked weights) products are promoted step by step.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -26,27 +25,16 @@ from pallas_kernels.a8_prefill_configs import (
     prefill_default,
     prefill_refuses,
 )
-from pallas_kernels.a8_problem import (
-    GROUP,
-    accumulator_dtype,
-    epilogue_of,
-    operand_names,
-    promotes,
-    step_k,
-    w_block,
-)
+from pallas_kernels.a8_prefill_sums import Feed, add_steps, piece_columns, skip_steps
+from pallas_kernels.a8_problem import GROUP, epilogue_of, operand_names, step_k, w_block
 from pallas_kernels.group_tiles import Groups, Tile, store_rows, two_views, views
 from pallas_kernels.launch import CLUSTER, GRID, WARPGROUP, launch
 from pallas_kernels.problem import Kernel, Problem
-from pallas_kernels.promote import Ring, start_product, sum_steps
+from pallas_kernels.promote import Ring
 from pallas_kernels.tiles import (
-    ROW,
-    accumulator,
     cdiv,
     drain,
-    load,
     release,
-    scale_rows,
     slot,
     stage_tile,
     store_tile,
@@ -67,9 +55,7 @@ def matmul(
     With `groups`, which a grouped problem needs, the result may take over the buffer of `into`.
     """
     m, n, k, c = groups.rows if groups else problem.m, problem.n, problem.k, config
-    bk, promoted, blocked = step_k(problem), promotes(problem), w_block(problem) is not None
-    block_n, block_k = w_block(problem) or (c.bn, bk)
-    grouped = problem.x_scale == "1x128"
+    bk, blocked, grouped = step_k(problem), bool(w_block(problem)), problem.x_scale == "1x128"
     row_tiles = groups.tiles(c.bm) if groups else cdiv(m, c.bm)
     column_tiles, steps = cdiv(n, c.bn), cdiv(k, bk)
     row_clusters = row_tiles // c.cluster
@@ -77,13 +63,7 @@ def matmul(
     grid = min(tiles, max(1, problem.device.sms // c.cluster))
     stages, producer = min(c.stages, steps), c.warpgroups
     rows = c.bm // c.warpgroups
-    shape = (rows, c.bn)
-    # A tile begins at a multiple of `grain` in a block of weights and touches at most `touched`.
-    # Promoted totals are kept in pieces of columns that share a weight scale wherever it begins.
-    grain = math.gcd(c.bn, block_n)
-    piece = math.gcd(grain, c.stage) if promoted else c.bn
-    touched = cdiv(c.bn + block_n - grain, block_n) if blocked else 0
-    block_rows = cdiv(n, block_n)
+    piece = piece_columns(problem, c)
     epilogue = epilogue_of(problem, transposed=False)
     names = operand_names(problem)
 
@@ -180,88 +160,13 @@ def matmul(
         @pl.when(warpgroup < producer)
         def consume():
             plgpu.set_max_registers(232 if c.warpgroups <= 2 else 160, action="increase")
-            my_rows = pl.ds(warpgroup * rows, rows)
+            my_row = warpgroup * rows
+            my_rows = pl.ds(my_row, rows)
 
-            @plgpu.nd_loop((clusters * column_tiles,), collective_axes=GRID)
-            def _(info):
-                at, m0, n0 = origin(info)
-                first = info.local_index * steps
-
-                def accumulate(acc):
-                    def step(i, carry):
-                        s = slot(first + i, stages)
-                        plgpu.barrier_wait(full.at[s])
-                        plgpu.wgmma(acc, x_sm.at[s, my_rows], w_sm.at[s].T)
-                        plgpu.wgmma_wait(1)
-
-                        @pl.when(i > 0)
-                        def _():
-                            plgpu.barrier_arrive(empty.at[slot(first + i - 1, stages)])
-
-                        return carry
-
-                    lax.fori_loop(0, steps, step, jnp.int32(0))
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(empty.at[slot(first + steps - 1, stages)])
-                    return acc[...]
-
-                def start(i, s):
-                    """Start the product of step i; return it and the scales of its rows and blocks.
-
-                    The scales are read while the tensor cores work.
-                    """
-                    kind = accumulator(shape, accumulator_dtype(problem))
-                    product = start_product(kind, x_sm.at[s, my_rows], w_sm.at[s].T)
-                    block = lax.div(n0, jnp.int32(block_n))
-                    blocks = [lax.min(block + b, block_rows - 1) for b in range(touched)]
-                    w_scales = [
-                        gmem["w_blocks"][at.expert * block_rows + row, i * bk // block_k]
-                        for row in blocks
-                    ]
-                    x_scale = load(groups_sm.at[s, my_rows], ROW) if grouped else None
-                    return product, (x_scale, w_scales)
-
-                def block_scale(column, w_scales):
-                    """Choose the scale of the weight block that holds a column of the tile."""
-                    if c.bn % block_n == 0:
-                        return w_scales[column // block_n]
-                    column = lax.rem(n0, jnp.int32(block_n)) + column
-                    scale = w_scales[-1]
-                    for b in reversed(range(touched - 1)):
-                        scale = lax.select(column < (b + 1) * block_n, w_scales[b], scale)
-                    return scale
-
-                def add(totals, product, scales):
-                    x_scale, w_scales = scales
-                    added = []
-                    for j, total in enumerate(totals):
-                        part = product[:, j * piece : (j + 1) * piece]
-                        scale = block_scale(j * piece, w_scales) if blocked else 1.0
-                        part = (
-                            part * scale if x_scale is None else scale_rows(part, x_scale * scale)
-                        )
-                        added.append(total + part)
-                    return added
-
-                if promoted:
-                    zeros = jnp.zeros((rows, piece), jnp.float32)
-                    zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
-                    tile = sum_steps(
-                        start,
-                        add,
-                        [zeros] * (c.bn // piece),
-                        steps=steps,
-                        unroll=c.unroll,
-                        first_slot=slot(first, stages),
-                        ring=Ring(full, empty, stages, interpret),
-                    )
-                else:
-                    acc = accumulator(shape, accumulator_dtype(problem))
-                    tile = [pl.run_scoped(accumulate, acc)]
-
+            def finish(at, m0, n0, tile):
+                """Finish and store this warpgroup's rows of a tile."""
                 if epilogue.vectors:
                     plgpu.barrier_wait(tile_full)
-                my_row = warpgroup * rows
                 tile = [
                     epilogue.apply(
                         part,
@@ -302,6 +207,37 @@ def matmul(
                         o_gm.at[pl.ds(first_row, 64), pl.ds(first_column, c.stage)],
                         pending=c.staging - 1,
                     )
+
+            @plgpu.nd_loop((clusters * column_tiles,), collective_axes=GRID)
+            def _(info):
+                at, m0, n0 = origin(info)
+                feed = Feed(
+                    steps,
+                    info.local_index * steps,
+                    Ring(full, empty, stages, interpret),
+                    x=lambda s: x_sm.at[s, my_rows],
+                    weights=lambda s: w_sm.at[s],
+                    x_scale=(lambda s: groups_sm.at[s, my_rows]) if grouped else None,
+                    w_blocks=gmem["w_blocks"] if blocked else None,
+                    expert=at.expert,
+                    channel=n0,
+                )
+
+                def multiply():
+                    finish(at, m0, n0, add_steps(problem, c, feed))
+
+                def skip():
+                    skip_steps(feed)
+                    if epilogue.vectors:
+                        plgpu.barrier_wait(tile_full)
+                        plgpu.barrier_arrive(tile_empty)
+
+                if not groups:
+                    return multiply()
+                # A tile begins with its expert's rows: what lacks them is its end.
+                has_rows = m0 + my_row < at.row + at.rows
+                pl.when(has_rows)(multiply)
+                pl.when(~has_rows)(skip)
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 

@@ -77,9 +77,12 @@ class Groups:
         """Return the largest number of tiles of `height` rows that the weight's experts can fill.
 
         ceil(x / height) is at most 1 + (x - 1) / height, and x counts up to align - 1 rows more.
+        Nor are there more than tiles of `align` rows, of which every expert but one shares its
+        first with the expert before it.
         """
         filled = min(self.rows, self.experts)
-        return filled + (self.rows + (self.align - 2) * filled) // height
+        straddling = filled + (self.rows + (self.align - 2) * filled) // height
+        return min(straddling, max(filled - 1, 0) + cdiv(self.rows, self.align))
 
     def finder(self, height: int, interpret: bool) -> Callable[[Any, jax.Array], Tile]:
         """Return the function of the ref of the sizes and the number of a tile that finds it.

@@ -69,8 +69,10 @@ def test_wrong_tiles_are_noticed():
 
 
 def test_the_bound_is_reached():
-    """Aligned, each expert's rows straddle two tiles: no smaller launch would do."""
+    """Aligned, every second expert's rows straddle two tiles: no smaller launch would do."""
     sizes = np.array([[7, 2, 6, 2, 6, 2, 6, 2]])
-    assert search(Groups(33, 8, 0, 8, 8), 8, sizes)[1] == 12 <= Groups(33, 8, 0, 8, 8).tiles(8)
+    assert search(Groups(33, 8, 0, 8, 8), 8, sizes)[1] == 12 == Groups(33, 8, 0, 8, 8).tiles(8)
     assert Groups(33, 8, 0, 8).tiles(8) == 11
     assert Groups(3, 128, 0, 128, 8).tiles(128) == 3
+    # Rows that share one stretch of 8 share no tile, and none straddles two.
+    assert Groups(8, 128, 0, 128, 8).tiles(8) == Groups(8, 128, 0, 128, 8).tiles(16) == 8

@@ -21,6 +21,7 @@ from pallas_kernels.problem import H200
 SMALL = Case(0, n=128, k=256)
 BLOCKED = Case(0, n=128, k=256, x_scale="1x128", w_scale="128x128")
 DECODE = DecodeConfig(bm=16, stages=3, split=1)
+SPLIT = DecodeConfig(bm=16, stages=4, split=2)
 PREFILL = PrefillConfig(bn=128, stages=3)
 UNTOUCHED = 7.0
 TWIN = jax.jit(xla.grouped_matmul_a8, static_argnames=("w_block", "out_dtype"))
@@ -50,15 +51,16 @@ def two_blocks(monkeypatch) -> None:
 
 @pytest.mark.interpret
 @pytest.mark.usefixtures("two_blocks")
-@pytest.mark.parametrize("config", [DECODE, PREFILL], ids=["decode", "prefill"])
+@pytest.mark.parametrize("config", [DECODE, SPLIT, PREFILL], ids=["decode", "split", "prefill"])
 @pytest.mark.parametrize("case", [SMALL, BLOCKED], ids=str)
 @pytest.mark.parametrize(
     "sizes", [(1,), (0, 3, 0, 5, 1, 0), (13, 0, 77, 2)], ids=["one row", "few", "skewed"]
 )
 def test_each_row_meets_its_expert(interpret, sizes, case, config):
+    """In tiles of 128 a warpgroup takes 64 rows: with 13 one has none, with 77 both have some."""
     case = GroupedCase(sizes, case)
-    if case.rows < 8 and config == DECODE:
-        config = dataclasses.replace(DECODE, bm=8)
+    if case.rows < 8 and config != PREFILL:
+        config = dataclasses.replace(config, bm=8)
     operands = case.operands()
     got = interpret(grouped_matmul_a8, **operands, **case.options, config=config)
     assert oracle.relative_error(got, case.expected(operands)) < tolerance(case)
@@ -95,7 +97,9 @@ def test_rows_of_no_expert_are_left_alone(interpret, config):
 @pytest.mark.interpret
 @pytest.mark.usefixtures("two_blocks")
 @pytest.mark.parametrize(
-    "config", [dataclasses.replace(DECODE, bm=24), PREFILL], ids=["decode", "prefill"]
+    "config",
+    [dataclasses.replace(DECODE, bm=24), dataclasses.replace(SPLIT, bm=24), PREFILL],
+    ids=["decode", "split", "prefill"],
 )
 def test_runs_of_a_bank(interpret, config):
     """Two launches into one array: experts 0 and 1, then 3; 2 has no weights, some rows no expert.
@@ -164,8 +168,8 @@ def test_every_layout_lowers_to_cuda(lower, case, sizes):
 @pytest.mark.parametrize("case", LAYOUTS[:3], ids=str)
 def test_candidates_lower_to_cuda(lower, case):
     jobs = []
-    for rows in (1, 8, 64, 256):
-        grouped = GroupedCase((rows,) * 128, dataclasses.replace(case, n=3072, k=4096))
+    for sizes in ((1,) * 8, (1,) * 128, (8,) * 128, (64,) * 128, (256,) * 128):
+        grouped = GroupedCase(sizes, dataclasses.replace(case, n=3072, k=4096))
         problem = grouped_a8_problem(**structs(grouped), **grouped.options)
         for kernel in GROUPED_A8_KERNELS:
             if kernel.accepts(problem) is None:
