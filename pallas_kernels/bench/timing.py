@@ -41,7 +41,13 @@ def program(
 
     All results of a pass are returned: XLA removes a call whose result nobody reads.  Shapes and
     dtypes of the sets suffice.  Many passes in one program keep the host out of the measurement.
+
+    Raises:
+        ValueError: two loops.  XLA inlines the loop of one pass that follows the first, drops the
+            barriers, and merges its calls with those of the first pass.
     """
+    if loops == 2:
+        raise ValueError("two passes would be merged into one: make it one or three")
 
     def once(sets, results):
         made = []

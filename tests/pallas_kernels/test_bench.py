@@ -13,7 +13,7 @@ from pallas_kernels.bench import __main__ as bench
 from pallas_kernels.bench import bars
 from pallas_kernels.bench.cases import CASES
 from pallas_kernels.bench.limits import Limits
-from pallas_kernels.bench.timing import copies
+from pallas_kernels.bench.timing import Timing, copies, program
 from pallas_kernels.problem import H200, own_tuned_path, select, tuned_config, tuned_table
 from pallas_kernels.tune import candidates, merge, write_table
 
@@ -175,3 +175,28 @@ def test_a_report_becomes_the_tables_of_the_docs(tmp_path, monkeypatch):
     (tmp_path / "kernels.md").write_text("no marks")
     with pytest.raises(ValueError, match="needs <!-- bench"):
         runpy.run_path(str(tool), run_name="__main__")
+
+
+def test_no_problem_is_run_in_two_passes():
+    # XLA merges the second pass with the first: half the calls, and half the time.
+    loops = [bench.calls_of(case, size).loops for case in CASES for size in case.sizes]
+    assert 2 not in loops and {1, 3} < set(loops)
+    with pytest.raises(ValueError, match="two passes"):
+        program(lambda x: x + 1, [jax.ShapeDtypeStruct((8,), "float32")], 1, loops=2)
+
+
+def test_a_time_below_the_floor_is_no_result(monkeypatch):
+    case = next(case for case in CASES if case.name == "int8")
+    limits = Limits(1e12, {"int8": 1e15})
+    nbytes = case.work(16, 256, 256)[1]
+
+    def row(us: float):
+        monkeypatch.setattr(bench, "measure", lambda *_: Timing(us, us))
+        make = jax.jit(case.operands, static_argnums=(0, 1, 2))
+        return bench.run(
+            case, (16, 256, 256), (lambda seed: make(16, 256, 256, seed), lambda: None), limits, 1
+        )
+
+    assert row(nbytes * 1e-6)["of_floor"] == 1
+    with pytest.raises(bench.ImpossibleError, match="removed"):
+        row(nbytes * 1e-6 / 2)
