@@ -1,7 +1,7 @@
 """Time the kernels: `python -m pallas_kernels.bench [--op NAME] [--shape MxNxK] [--json FILE]`.
 
-First the card's own limits are measured: memory bandwidth and dense rates.  Then all problems are
-compiled in parallel, and timed one after the other.  For each the command prints microseconds
+First the card's own limits are measured: memory bandwidth and dense rates.  Then processes compile
+the problems side by side, and time them one at a time.  For each the command prints microseconds
 (kernel time by CUPTI, and wall time of queued programs), TFLOP/s, TB/s, two floors (fewest bytes
 over the memory bandwidth, operations over the dense rate), the per cent of the longer one, and the
 ratio to each peer of `--against FILE`, a JSON of
@@ -13,9 +13,9 @@ in a replayed CUDA graph, with our wall time.  At the end stand the bars, and wh
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import os
@@ -30,6 +30,7 @@ from pallas_kernels.bench.bars import BARS, Row, standings
 from pallas_kernels.bench.cases import CASES, Case
 from pallas_kernels.bench.limits import Limits, measure_limits
 from pallas_kernels.bench.timing import copies, measure, program
+from pallas_kernels.bench.workers import Turn, in_processes, share_memory
 from pallas_kernels.problem import select
 
 Size = tuple[int, int, int]
@@ -67,6 +68,31 @@ def calls_of(case: Case, size: Size) -> Calls:
     loops = math.ceil(1e-3 / expected)
     loops = 3 if loops == 2 else loops  # `program` makes no two
     return Calls(sets, calls, loops, math.ceil(4e-3 / (expected * loops)))
+
+
+def timed(
+    limits: Limits, repeats: int, deadline: float, problem: tuple[str, Size], turn: Turn
+) -> Row:
+    """Compile a problem, and time it when the GPU is free.
+
+    Args:
+        limits: of the card.
+        repeats: programs timed for each median.
+        deadline: time of the clock after which no timing starts.
+        problem: name of the case, and size.
+        turn: held while the GPU is used.
+
+    Raises:
+        ImpossibleError: faster than the card can be.
+        TimeoutError: too late.
+    """
+    name, size = problem
+    case = next(case for case in CASES if case.name == name)
+    compiled = prepare(case, size)
+    with turn:
+        if time.time() > deadline:
+            raise TimeoutError("no time left")
+        return run(case, size, compiled, limits, repeats)
 
 
 def prepare(case: Case, size: Size) -> tuple[Callable, Callable]:
@@ -181,9 +207,11 @@ def main() -> None:
     parser.add_argument("--against", type=Path, action="append", default=[], help="peers' times")
     parser.add_argument("--repeats", type=int, default=5, help="programs timed for each median")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no timing after this")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--quiet", action="store_true", help="print the standings alone")
     arguments = parser.parse_args()
 
+    share_memory()
     start = time.perf_counter()
     peers = read_peers(arguments.against)
     device = jax.devices()[0].device_kind
@@ -199,30 +227,26 @@ def main() -> None:
         if not arguments.shape or "x".join(map(str, size)) in arguments.shape
         if not arguments.bars or any(bar.asks(case.name, size) for bar in BARS)
     ]
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        programs = [pool.submit(prepare, case, size) for case, size in problems]
-    print(f"{len(problems)} programs after {time.perf_counter() - start:.0f} s", flush=True)
-
-    rows: list[Row] = []
+    rows: dict[int, Row] = {}
     left_out: list[str] = []
+    work = functools.partial(timed, limits, arguments.repeats, time.time() + arguments.seconds)
     try:
-        for (case, size), compiled in zip(problems, programs, strict=True):
-            name = f"{case.name} {'x'.join(map(str, size))}"
-            if (error := compiled.exception()) is not None:
-                left_out.append(f"{name}: {type(error).__name__} {str(error)[:160]}")
-            elif time.perf_counter() - start > arguments.seconds:
-                left_out.append(f"{name}: no time left")
-            else:
-                try:
-                    row = run(case, size, compiled.result(), limits, arguments.repeats)
-                except ImpossibleError as error:
-                    left_out.append(f"{name}: {error}")
-                    continue
-                rows.append(compare(row, case, peers))
-                if not arguments.quiet:
-                    print(line(rows[-1]), flush=True)
-    finally:  # what was measured before a kernel failed is worth keeping
-        found = standings(rows)
+        for index, row, why in in_processes(
+            work,
+            [(case.name, size) for case, size in problems],
+            [case.work(*size)[1] for case, size in problems],
+            arguments.jobs,
+        ):
+            case, size = problems[index]
+            if why:
+                left_out.append(f"{case.name} {'x'.join(map(str, size))}: {why}")
+                continue
+            rows[index] = compare(row, case, peers)
+            if not arguments.quiet:
+                print(line(rows[index]), flush=True)
+    finally:  # what was measured before an interrupt is worth keeping
+        ordered = [rows[index] for index in sorted(rows)]
+        found = standings(ordered)
         for text in (*left_out, *found):
             print(text)
         if arguments.json:
@@ -232,7 +256,7 @@ def main() -> None:
                 "date": datetime.date.today().isoformat(),
                 "memory_tb_s": round(limits.memory * 1e-12, 3),
                 "rates_t": {name: round(rate * 1e-12, 1) for name, rate in limits.rates.items()},
-                "rows": rows,
+                "rows": ordered,
                 "left_out": left_out,
                 "standings": [str(standing) for standing in found],
             }

@@ -67,6 +67,13 @@ def program(
     return jax.jit(run).lower(list(sets)).compile()
 
 
+def kernel_time(compiled: Callable, sets: Sequence[Any], calls: int, repeats: int) -> float:
+    """Return the microseconds of kernels a call of a program made by `program`: the median."""
+    _, timings = profiler.measure(compiled, aggregate=True, iterations=repeats)(list(sets))
+    milliseconds = timings if isinstance(timings, list) else [timings or 0.0]
+    return statistics.median(milliseconds) * 1e3 / calls
+
+
 def measure(
     compiled: Callable, sets: Sequence[Any], calls: int, repeats: int = 5, queued: int = 1
 ) -> Timing:
@@ -82,8 +89,7 @@ def measure(
     sets = list(sets)
     jax.block_until_ready(compiled(sets))
     # First, because a card that has been busy for long lowers its clock.
-    _, timings = profiler.measure(compiled, aggregate=True, iterations=repeats)(sets)
-    milliseconds = timings if isinstance(timings, list) else [timings or 0.0]
+    kernel = kernel_time(compiled, sets, calls, repeats)
 
     def queue(count: int) -> float:
         start = time.perf_counter()
@@ -98,4 +104,4 @@ def measure(
 
     # The difference leaves out what passes before the first program starts.
     walls = [(queue(2 * queued) - queue(queued)) / queued / calls for _ in range(repeats)]
-    return Timing(statistics.median(milliseconds) * 1e3 / calls, statistics.median(walls) * 1e6)
+    return Timing(kernel, statistics.median(walls) * 1e6)

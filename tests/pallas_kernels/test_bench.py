@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import os
 import runpy
 import sys
+import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.bench import __main__ as bench
@@ -14,8 +17,9 @@ from pallas_kernels.bench import bars
 from pallas_kernels.bench.cases import CASES
 from pallas_kernels.bench.limits import Limits
 from pallas_kernels.bench.timing import Timing, copies, program
+from pallas_kernels.bench.workers import HEAVY, Turn, in_processes, shares_of
 from pallas_kernels.problem import H200, own_tuned_path, select, tuned_config, tuned_table
-from pallas_kernels.tune import candidates, merge, write_table
+from pallas_kernels.tune import candidates, merge, tune, write_table
 
 
 def test_the_tuned_table_is_written_as_it_was_read(tmp_path):
@@ -200,3 +204,70 @@ def test_a_time_below_the_floor_is_no_result(monkeypatch):
     assert row(nbytes * 1e-6)["of_floor"] == 1
     with pytest.raises(bench.ImpossibleError, match="removed"):
         row(nbytes * 1e-6 / 2)
+
+
+def work(problem: str, turn: Turn) -> str:
+    if problem == "dies":
+        turn.__enter__()
+        os._exit(3)
+    with turn:
+        if problem == "fails":
+            raise ValueError("no such config\nand more")
+        return problem.upper()
+
+
+def test_problems_are_spread_over_processes_and_outlive_some_of_them():
+    problems = ["a", "dies", "fails", "b", "lost", "c"]
+    found = {i: (result, why) for i, result, why in in_processes(work, problems, [1.0] * 6, 3)}
+    assert {problems[i]: r for i, (r, _) in found.items() if r} == {"a": "A", "b": "B", "c": "C"}
+    whys = {problems[i]: why for i, (_, why) in found.items() if why}
+    assert whys == {
+        "dies": "its process ended",
+        "lost": "its process ended",
+        "fails": "ValueError no such config",
+    }
+
+
+def test_large_problems_share_one_process():
+    large = 2 * HEAVY
+    assert shares_of([1, large, 1, large, 1], 3) == [[1, 3], [0, 4], [2]]
+    assert shares_of([1, large, 1], 1) == [[1, 0, 2]]
+    assert shares_of([1, 1, 1], 2) == [[0, 2], [1]]
+
+
+def test_tuning_ranks_the_right_candidates(monkeypatch):
+    def call(operands, config):
+        # One config of the candidates is wrong, and would be fastest.
+        return operands["x_q"].astype(jnp.float32) * (1 + (config == wrong))
+
+    def kernel_time(compiled, sets, calls, repeats):
+        order.append(times[compiled])
+        return times[compiled]
+
+    case = next(case for case in CASES if case.name == "int8")
+    size = (16, 256, 512)
+    problem = case.problem(case.operands.eval_shape(*size, 0))
+    kernel, in_use = select(case.kernels, problem)
+    choices = dict.fromkeys([(kernel, in_use), *candidates(case, problem)])
+    wrong = list(choices)[-1][1]
+    times, order = {}, []
+
+    def program(function, shapes, calls):
+        def compiled(sets):
+            return [function(operands) for operands in sets]
+
+        times[compiled] = 50.0 - len(times)  # later candidates are faster
+        return compiled
+
+    fake = dataclasses.replace(
+        case, call=call, reference=lambda operands: operands["x_q"].astype(jnp.float32)
+    )
+    monkeypatch.setattr("pallas_kernels.tune.CASES", (fake,))
+    monkeypatch.setattr("pallas_kernels.tune.kernel_time", kernel_time)
+    monkeypatch.setattr("pallas_kernels.tune.program", program)
+    found = tune(time.time() + 60, ("int8", size), Turn(__file__))
+    assert found.in_use == 50.0 and found.entries[0]["us"] == 50.0 - (len(choices) - 2)
+    assert len(found.entries) == len(choices) - 1, "all but the wrong one"
+    assert order[-4:] == [50.0, *(e["us"] for e in found.entries[:3])], "again, in turn"
+    with pytest.raises(TimeoutError):
+        tune(time.time() - 1, ("int8", size), Turn(__file__))
