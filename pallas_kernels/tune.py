@@ -118,6 +118,8 @@ def tune(deadline: float, name_and_size: tuple[str, Size], turn: Turn) -> Found:
     Raises:
         TimeoutError: not even the config in use was measured in time.
     """
+    if time.time() > deadline:
+        raise TimeoutError("no time left")
     name, size = name_and_size
     case = next(case for case in CASES if case.name == name)
     made = case.operands.lower(*size, 0)

@@ -78,7 +78,7 @@ def timed(
     Args:
         limits: of the card.
         repeats: programs timed for each median.
-        deadline: time of the clock after which no timing starts.
+        deadline: time of the clock after which no problem is begun.
         problem: name of the case, and size.
         turn: held while the GPU is used.
 
@@ -86,12 +86,12 @@ def timed(
         ImpossibleError: faster than the card can be.
         TimeoutError: too late.
     """
+    if time.time() > deadline:
+        raise TimeoutError("no time left")
     name, size = problem
     case = next(case for case in CASES if case.name == name)
     compiled = prepare(case, size)
     with turn:
-        if time.time() > deadline:
-            raise TimeoutError("no time left")
         return run(case, size, compiled, limits, repeats)
 
 
