@@ -18,6 +18,7 @@ from pallas_kernels import (
     matmul_a8,
     prepack,
     quantize,
+    quantize_and_keep,
 )
 from pallas_kernels.a8_decode_configs import DecodeConfig
 from pallas_kernels.a8_prefill_configs import PrefillConfig
@@ -64,6 +65,10 @@ def _rows(tokens: int) -> Operands:
 
 def _quantize_rows(layout: str, gated: bool, given: Operands) -> Any:
     return quantize(**given, dtype=jnp.float8_e4m3fn, layout=layout, gated=gated)
+
+
+def _keep_rows(layout: str, gated: bool, given: Operands) -> Any:
+    return quantize_and_keep(**given, dtype=jnp.float8_e4m3fn, layout=layout, gated=gated)
 
 
 def _given_scale(tokens: int) -> Operands:
@@ -188,6 +193,8 @@ _MORE: dict[str, Work] = {
     "gather_gated": (_rows, functools.partial(_gather, True)),
     "quantize_token_gather": (_rows, functools.partial(_quantize_rows, "token", False)),
     "quantize_1x128_gather": (_rows, functools.partial(_quantize_rows, "1x128", True)),
+    "quantize_and_keep": (_rows, functools.partial(_keep_rows, "1x128", False)),
+    "quantize_and_keep_gated": (_rows, functools.partial(_keep_rows, "token", True)),
     "quantize_tensor": (
         _given_scale,
         lambda given: quantize(**given, dtype=jnp.float8_e4m3fn, layout="tensor"),

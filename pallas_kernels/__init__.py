@@ -37,5 +37,6 @@ from pallas_kernels.problem import Problem as Problem
 from pallas_kernels.problem import current_device as current_device
 from pallas_kernels.quantize import Quantized as Quantized
 from pallas_kernels.quantize import quantize as quantize
+from pallas_kernels.quantize import quantize_and_keep as quantize_and_keep
 from pallas_kernels.quantize import quantize_problem as quantize_problem
 from pallas_kernels.quantize_rows import QUANTIZE_KERNELS as QUANTIZE_KERNELS

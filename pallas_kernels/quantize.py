@@ -158,6 +158,55 @@ def quantize(
     if layout == "tensor":
         assert scale is not None
         return Quantized(codes, scale, zero)
-    if layout == "1x128":
+    return _of_layout(problem, codes, *made)
+
+
+def _of_layout(problem: Problem, codes: jax.Array, *made: jax.Array) -> Quantized:
+    """Return what a kernel made, scales and zero points in the shapes of their layout."""
+    if problem.x_scale == "1x128":
         return Quantized(codes, made[0], None)
     return Quantized(codes, made[0][:, None], made[1][:, None] if problem.zero else None)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("dtype", "layout", "symmetric", "gated", "config", "interpret")
+)
+def quantize_and_keep(
+    x: jax.Array,
+    *,
+    dtype: jax.typing.DTypeLike,
+    layout: Literal["token", "1x128"],
+    symmetric: bool = True,
+    gated: bool = False,
+    source: jax.Array | None = None,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, Quantized]:
+    """Return the gathered or gated rows themselves and quantized, by one kernel.
+
+    A bank whose experts read activations of 16 and of 8 bits needs both.
+
+    Args:
+        x: [M, K] bfloat16, float16 or float32; [M, 2K], gate then up, when `gated`.
+        dtype: float8_e4m3fn or int8.
+        layout: "token" (a scale for each row) or "1x128" (for each 128 values of a row).
+        symmetric: False to give each row of int8 codes a zero point.
+        gated: the rows are silu(x[:, :K]) * x[:, K:].
+        source: int32 [rows], the row of x that each row is made of; M is then their number, and
+            rows of a negative source are left undefined.
+        config: tile sizes, to override the tuned ones.
+        interpret: run under the GPU interpreter on the host (jax 0.11 and later).
+
+    Returns:
+        [M, K] in the type of x, and the codes and scales of the rows before they were rounded to
+        it.
+
+    Raises:
+        KernelError: an operand breaks the contract, or K is no multiple of 512 up to 20480.
+    """
+    problem = quantize_problem(
+        x, dtype=dtype, layout=layout, symmetric=symmetric, gated=gated, source=source
+    )
+    kernel, config = select(QUANTIZE_KERNELS, problem, config)
+    codes, *made, kept = kernel.fn(problem, config, interpret, 0.0, x, source=source, keep=True)
+    return kept, _of_layout(problem, codes, *made)

@@ -150,10 +150,12 @@ def _quantize_rows(
     x: jax.Array,
     *extra: jax.Array,
     source: jax.Array | None = None,
+    keep: bool = False,
 ) -> tuple[jax.Array, ...]:
     """Run the kernel; `extra` holds the RMSNorm weight, then the static scale and zero point.
 
-    With `source`, row i is made of row `source[i]` of x, or not at all if that is negative.
+    With `source`, row i is made of row `source[i]` of x, or not at all if that is negative.  With
+    `keep` the last result is the rows before they were quantized, in the type of x.
     """
     m, k, parts = problem.m, problem.k, config.parts
     groups, gated, rms = k // GROUP, problem.fused == "gated", problem.fused == "rms"
@@ -202,6 +204,8 @@ def _quantize_rows(
         values = raw[0].astype(jnp.float32)
         if gated:
             values = silu(values) * raw[1].astype(jnp.float32)
+        if keep:
+            store_global(outputs[-1].at[row, mine], values.astype(x.dtype) if gated else raw[0])
         reductions: list[tuple[jax.Array, Any]] = []
         if weight is not None:
             # The norm is one factor of the row: scales take it over and codes do not see it.
@@ -250,6 +254,8 @@ def _quantize_rows(
         out.append(jax.ShapeDtypeStruct((m,), jnp.float32))
         if problem.zero:
             out.append(jax.ShapeDtypeStruct((m,), jnp.int32))
+    if keep:
+        out.append(jax.ShapeDtypeStruct((m, parts, share, GROUP), x.dtype))
     scratch = {}
     if warpgroups > 1:
         scratch["numbers"] = plgpu.SMEM((_joint(problem), groups), jnp.float32)
@@ -268,8 +274,12 @@ def _quantize_rows(
         name=f"quantize_{problem.fused or 'row'}",
         interpret=interpret,
     )
-    codes = results[0].reshape(m, k)
-    return (codes, results[1].reshape(groups, -1)) if blocked else (codes, *results[1:])
+    codes, *made = results
+    if blocked:
+        made[0] = made[0].reshape(groups, -1)
+    if keep:
+        made[-1] = made[-1].reshape(m, k)
+    return codes.reshape(m, k), *made
 
 
 QUANTIZE_KERNELS = (

@@ -21,6 +21,8 @@ from jaxquant.ops.kernels import (
     a8_refusal,
     kernel_reason,
     quantize,
+    quantize_options,
+    quantize_refusal,
     scale_layout,
     w_block,
 )
@@ -106,15 +108,25 @@ class Operand:
 
     def quantized(self, part: QTensor, form: Any) -> pk.Quantized:
         """Codes and scales as ``part`` wants them, for kernels."""
-        if form not in self.made:
-            self.made[form] = quantize(
-                self.x,
-                part,
-                self.interpret,
-                gated=self.gated,
-                source=self._source_of(form),
-            )
+        if form in self.made:
+            return self.made[form]
+        fused = {"gated": self.gated, "source": self._source_of(form)}
+        if self._makes_both(part, fused):
+            options = quantize_options(part) | fused
+            made = pk.quantize_and_keep(self.x, **options, interpret=self.interpret)
+            self.made[None], self.made[form] = made
+        else:
+            self.made[form] = quantize(self.x, part, self.interpret, **fused)
         return self.made[form]
+
+    def _makes_both(self, part: QTensor, fused: dict[str, Any]) -> bool:
+        """Whether the kernel that quantizes for ``part`` makes the plain rows besides.
+
+        Where forms are made for the rows of their readers alone, each has a kernel of its own.
+        """
+        wanted = None in self.readers and None not in self.made and self.rows < SELECTIVE
+        moved = self.gated or self.source is not None
+        return wanted and moved and quantize_refusal(self.x, part, **fused) is None
 
 
 def grouped_candidates(

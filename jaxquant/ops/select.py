@@ -184,8 +184,13 @@ def _each_run(
         if candidate is not None:
             readers.setdefault(candidate.form, []).append(run)
     operand = Operand(x, group_sizes, source, gated, readers, layer, interpret)
-    for candidate, part, run in zip(taken, bank.parts, bank.runs, strict=True):
-        if candidate is not None:
-            y = candidate.run(operand, part, run.start, y)
+    found = [
+        (candidate, part, run)
+        for candidate, part, run in zip(taken, bank.parts, bank.runs, strict=True)
+        if candidate is not None
+    ]
+    # Quantized activations first: what makes them may make the plain ones besides.
+    for candidate, part, run in sorted(found, key=lambda one: one[0].form is None):
+        y = candidate.run(operand, part, run.start, y)
     assert y is not None
     return y

@@ -1,13 +1,14 @@
 """gather_rows and what quantize gathers: under the interpreter, lowered to CUDA, and on a GPU."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import KernelError, gather_rows, quantize
+from pallas_kernels import KernelError, gather_rows, quantize, quantize_and_keep
 
 SOURCE = np.array([3, 1, -1, 0, 6, 3, -1, 2], np.int32)
 
@@ -44,6 +45,23 @@ def check_quantized(run, gated, layout, source=SOURCE, tokens=7, k=512):
         assert (picked != other.take((source[live] + 1) % tokens, along)).any(), "control"
 
 
+def check_kept(run, gated, layout, source=SOURCE, tokens=7, k=512):
+    """One kernel makes what two make, bit for bit."""
+    x = rows(tokens, k * (1 + gated))
+    options = {"dtype": jnp.float8_e4m3fn, "layout": layout, "gated": gated}
+    kept, made = run(quantize_and_keep, x, **options, source=jnp.asarray(source))
+    check_gathered(kept, x, source, gated)
+    live = source >= 0
+    plain = np.asarray(run(gather_rows, x, jnp.asarray(source), gated=gated))
+    np.testing.assert_array_equal(np.asarray(kept)[live], plain[live])
+    assert (np.asarray(kept)[live] != plain[np.roll(live, 1)][: live.sum()]).any(), "control"
+    alone, axis = run(quantize, x, **options, source=source), 1 if layout == "1x128" else 0
+    picked = np.flatnonzero(live)
+    for one, other, along in ((made.codes, alone.codes, 0), (made.scale, alone.scale, axis)):
+        one, other = (np.asarray(a).take(picked, along) for a in (one, other))
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.interpret
 @pytest.mark.parametrize("width", [1536, 256])
 @pytest.mark.parametrize("gated", [False, True])
@@ -59,6 +77,21 @@ def test_gathered_under_the_interpreter(interpret, width, gated):
 @pytest.mark.parametrize(("gated", "layout"), [(False, "1x128"), (True, "token")])
 def test_quantized_under_the_interpreter(interpret, gated, layout):
     check_quantized(interpret, gated, layout)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(("gated", "layout"), [(False, "1x128"), (True, "1x128"), (True, "token")])
+def test_kept_under_the_interpreter(interpret, gated, layout):
+    check_kept(interpret, gated, layout)
+
+
+def test_kept_rows_lower_to_cuda(lower):
+    for width, layout, gated in itertools.product((1536, 4096), ("token", "1x128"), (False, True)):
+        options = {"dtype": jnp.float8_e4m3fn, "layout": layout, "gated": gated}
+        x = jax.ShapeDtypeStruct((9, width * (1 + gated)), jnp.bfloat16)
+        source = jnp.zeros(16, jnp.int32)
+        call = functools.partial(quantize_and_keep, **options)
+        assert "mosaic_gpu" in lower(lambda x, s, call=call: call(x, source=s), x, source)
 
 
 @pytest.mark.parametrize("width", [768, 4096, 7168, 20480])
@@ -101,3 +134,4 @@ def test_quantized_on_the_device(gated, layout):
     source = np.random.default_rng(1).integers(-20, 300, 5000).astype(np.int32)
     for k in (512, 1536, 4096):
         check_quantized(run, gated, layout, source, 300, k)
+        check_kept(run, gated, layout, source, 300, k)
