@@ -68,28 +68,29 @@ def program(
 
 
 def kernel_time(compiled: Callable, sets: Sequence[Any], calls: int, repeats: int) -> float:
-    """Return the microseconds of kernels a call of a program made by `program`: the median."""
+    """Return the microseconds of kernels a call of a program made by `program`: the median.
+
+    Starting and ending the profiler takes a quarter of a second.
+    """
     _, timings = profiler.measure(compiled, aggregate=True, iterations=repeats)(list(sets))
     milliseconds = timings if isinstance(timings, list) else [timings or 0.0]
     return statistics.median(milliseconds) * 1e3 / calls
 
 
-def measure(
-    compiled: Callable, sets: Sequence[Any], calls: int, repeats: int = 5, queued: int = 1
-) -> Timing:
-    """Time a program made by `program`.
+def wall_time(
+    compiled: Callable, sets: Sequence[Any], calls: int, repeats: int, queued: int
+) -> float:
+    """Return the microseconds a call when programs are queued without waiting for each: the median.
 
     Args:
         compiled: the program.
         sets: its operands.
         calls: calls it makes in all.
-        repeats: executions whose median is taken.
-        queued: executions by which the two queues differ whose wall times are compared.
+        repeats: how often the difference is taken.
+        queued: executions by which the two queues differ whose times are compared: what passes
+            before the first program starts falls out.
     """
     sets = list(sets)
-    jax.block_until_ready(compiled(sets))
-    # First, because a card that has been busy for long lowers its clock.
-    kernel = kernel_time(compiled, sets, calls, repeats)
 
     def queue(count: int) -> float:
         start = time.perf_counter()
@@ -102,6 +103,15 @@ def measure(
         jax.block_until_ready(last)
         return time.perf_counter() - start
 
-    # The difference leaves out what passes before the first program starts.
     walls = [(queue(2 * queued) - queue(queued)) / queued / calls for _ in range(repeats)]
-    return Timing(kernel, statistics.median(walls) * 1e6)
+    return statistics.median(walls) * 1e6
+
+
+def measure(
+    compiled: Callable, sets: Sequence[Any], calls: int, repeats: int = 5, queued: int = 1
+) -> Timing:
+    """Time a program made by `program`, with the arguments of `kernel_time` and `wall_time`."""
+    jax.block_until_ready(compiled(list(sets)))
+    # Kernels first, because a card that has been busy for long lowers its clock.
+    kernel = kernel_time(compiled, sets, calls, repeats)
+    return Timing(kernel, wall_time(compiled, sets, calls, repeats, queued))
