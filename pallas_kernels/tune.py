@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import math
 import os
 import statistics
 import time
@@ -21,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.bench.cases import CASES, Case
-from pallas_kernels.bench.timing import copies, kernel_time, program, wall_time
+from pallas_kernels.bench.timing import copies, kernel_time, program
 from pallas_kernels.bench.workers import Turn, in_processes, share_memory
 from pallas_kernels.problem import (
     ENTRY_KEY,
@@ -37,10 +36,8 @@ Size = tuple[int, int, int]
 
 # Most operand sets and calls of a program: enough to leave the cache, few enough to compile soon.
 MOST_CALLS = 8
-# Seconds of programs that are queued for one measurement.
-QUEUED = 1.5e-3
 # Candidates that are measured again beside the config in use, and how often.
-AGAIN, ROUNDS = 3, 5
+AGAIN, ROUNDS = 3, 3
 # A candidate replaces the config in use if it takes at most this part of its time.
 WINS = 0.985
 
@@ -69,19 +66,17 @@ class Candidate:
         kernel: which it is of.
         config: itself.
         program: compiled; None if it does not compile.
-        times: microseconds a call of each measurement, by the wall.
-        kernel_time: microseconds a call; 0 if it was not measured.
+        times: microseconds a call of each measurement.
     """
 
     kernel: Kernel
     config: Config
     program: Callable | None
     times: list[float] = dataclasses.field(default_factory=list)
-    kernel_time: float = 0.0
 
     @property
     def microseconds(self) -> float:
-        """Return the median wall time."""
+        """Return the median."""
         return statistics.median(self.times)
 
 
@@ -91,7 +86,7 @@ class Found:
 
     Attributes:
         entries: of the table, best first.
-        in_use: kernel time of the config in use, in microseconds.
+        in_use: microseconds of the config in use.
     """
 
     entries: list[dict]
@@ -114,9 +109,8 @@ def compile_candidate(
 def tune(deadline: float, name_and_size: tuple[str, Size], turn: Turn) -> Found:
     """Measure the candidates of one problem.
 
-    All are ranked by the wall time of queued programs; the best few and the config in use are
-    measured again in turn, since the fastest of many was lucky too.  The best one's kernel time is
-    then compared with that of the config in use.
+    The best few and the config in use are measured again in turn: the fastest of many was lucky
+    too.
 
     Args:
         deadline: time of the clock after which nothing is measured.
@@ -131,11 +125,9 @@ def tune(deadline: float, name_and_size: tuple[str, Size], turn: Turn) -> Found:
     name, size = name_and_size
     case = next(case for case in CASES if case.name == name)
     made = case.operands.lower(*size, 0)
-    operations, nbytes = case.work(*size)
-    shapes = [made.out_info] * min(copies(nbytes), MOST_CALLS)
+    shapes = [made.out_info] * min(copies(case.work(*size)[1]), MOST_CALLS)
     problem = case.problem(made.out_info)
     calls = max(len(shapes), MOST_CALLS if size[0] <= 512 else 2)
-    queued = math.ceil(QUEUED / calls / max(nbytes / 3e12, operations / 1e15))
     choices = dict.fromkeys([select(case.kernels, problem), *candidates(case, problem)])
     compiled = [compile_candidate(case, *choice, shapes, calls) for choice in choices]
     make = made.compile()
@@ -145,7 +137,7 @@ def tune(deadline: float, name_and_size: tuple[str, Size], turn: Turn) -> Found:
 
         def time_again(candidate: Candidate) -> None:
             assert candidate.program
-            candidate.times.append(wall_time(candidate.program, sets, calls, 1, queued))
+            candidate.times.append(kernel_time(candidate.program, sets, calls, 3))
 
         measured = []
         for candidate in compiled:
@@ -164,15 +156,12 @@ def tune(deadline: float, name_and_size: tuple[str, Size], turn: Turn) -> Found:
         for _ in range(ROUNDS):
             for candidate in (in_use, *best):
                 time_again(candidate)
-        ranked = sorted([in_use, *best], key=lambda candidate: candidate.microseconds)
-        for candidate in {id(c): c for c in (ranked[0], in_use)}.values():
-            assert candidate.program
-            candidate.kernel_time = kernel_time(candidate.program, sets, calls, 5)
+    ranked = sorted([in_use, *best], key=lambda candidate: candidate.microseconds)
     ranked += sorted(
         (c for c in others if c not in best), key=lambda candidate: candidate.microseconds
     )
     entries = [entry_of(problem, size, candidate) for candidate in ranked]
-    return Found(entries, round(in_use.kernel_time, 2))
+    return Found(entries, round(in_use.microseconds, 2))
 
 
 def entry_of(problem: Problem, size: Size, candidate: Candidate) -> dict:
@@ -186,7 +175,7 @@ def entry_of(problem: Problem, size: Size, candidate: Candidate) -> dict:
         **({"experts": problem.experts} if problem.experts else {}),
         "kernel": candidate.kernel.name,
         "config": dataclasses.asdict(candidate.config),
-        "us": round(candidate.kernel_time or candidate.microseconds, 2),
+        "us": round(candidate.microseconds, 2),
         "gpu": jax.devices()[0].device_kind,
     }
 
