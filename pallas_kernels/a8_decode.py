@@ -37,6 +37,7 @@ from pallas_kernels.a8_problem import (
 from pallas_kernels.group_tiles import Groups, Tile, store_rows, two_views, views
 from pallas_kernels.launch import CLUSTER, GRID, WARPGROUP, launch
 from pallas_kernels.problem import Kernel, Problem
+from pallas_kernels.tile_relay import Relay, relay_scratch
 from pallas_kernels.tiles import (
     cdiv,
     drain,
@@ -89,6 +90,9 @@ def matmul(
         tile_full: Any = None,
         tile_empty: Any = None,
         groups_sm: Any = None,
+        tiles_sm: Any = None,
+        tiles_full: Any = None,
+        tiles_empty: Any = None,
         **more,
     ):
         gmem, o_gm = dict(zip(names, refs, strict=False)), refs[-1]
@@ -98,10 +102,13 @@ def matmul(
         if groups:
             o_sm, o_rows = views(o_sm, interpret)
 
-        def each_tile(use) -> Any:
+        relay = Relay(tiles_sm, tiles_full, tiles_empty, interpret)
+
+        def each_tile(use, searches: bool) -> Any:
             """Call `use` for this block's tiles and return their number.
 
             It gets the tile, its first row and channel, and how many tiles the block made before.
+            In a grouped problem one warpgroup searches and tells the others.
             """
             if not groups:
                 tile = lax.axis_index(GRID)
@@ -115,18 +122,27 @@ def matmul(
             counted = tiles > 2 * grid
             rows = groups.counter(c.bm, interpret)(sizes) if counted else row_tiles
 
-            @plgpu.nd_loop((rows * columns,), collective_axes=GRID, init_carry=jnp.int32(0))
+            zeros = jnp.int32(0), jnp.int32(0)
+
+            @plgpu.nd_loop((rows * columns,), collective_axes=GRID, init_carry=zeros)
             def count(info, carry):
-                (tile,) = info.index
-                at = find(sizes, lax.div(tile, jnp.int32(columns)))
+                (tile,), told = info.index, info.local_index
+                if searches:
+                    at = find(sizes, lax.div(tile, jnp.int32(columns)))
+                    relay.tell(at, told)
+                else:
+                    at = relay.hear(told)
                 n0 = lax.rem(tile, jnp.int32(columns)) * bn
                 if counted:
-                    use(at, at.start(align), n0, info.local_index)
-                    return carry + 1
-                pl.when(at.rows > 0)(lambda: use(at, at.start(align), n0, info.local_index))
-                return carry + (at.rows > 0).astype(jnp.int32)
+                    use(at, at.start(align), n0, told)
+                    return told + 1, told + 1
+                pl.when(at.rows > 0)(lambda: use(at, at.start(align), n0, told))
+                return carry[0] + (at.rows > 0).astype(jnp.int32), told + 1
 
-            return count
+            made, told = count
+            if searches:
+                relay.close(told)
+            return made
 
         @pl.when(warpgroup == workers)
         def produce():
@@ -175,7 +191,7 @@ def matmul(
 
                     fetch()
 
-            made = each_tile(produce_tile)
+            made = each_tile(produce_tile, searches=True)
             drain(empty, made * steps, stages)
             if epilogue.vectors and groups:
 
@@ -250,7 +266,7 @@ def matmul(
 
         @pl.when(warpgroup < workers)
         def consume():
-            each_tile(consume_tile)
+            each_tile(consume_tile, searches=False)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     staging = (c.channels, width, CHANNELS)
@@ -269,6 +285,8 @@ def matmul(
         scratch["tile_full"] = plgpu.Barrier(num_arrivals=len(epilogue.vectors))
         if groups:
             scratch["tile_empty"] = plgpu.Barrier(num_arrivals=workers)
+    if groups:
+        scratch |= relay_scratch(workers)
     if grouped:
         scratch["groups_sm"] = plgpu.SMEM((stages, round_up(c.bm, 32)), jnp.float32)
     return launch(

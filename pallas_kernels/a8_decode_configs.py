@@ -59,7 +59,8 @@ class DecodeConfig(Config):
         width = self.bm // self.parts
         sums = ((self.split - 1) * self.bm + (self.cluster - 1) * width) * bn * 4
         vectors = epilogue_of(problem, transposed=True).smem_bytes(1, self.bm, bn)
-        return ring + sums + bn * width * 2 + vectors + SMEM_RESERVE
+        tiles = SMEM_ALIGNMENT if problem.experts else 0  # of `tile_relay`
+        return ring + sums + bn * width * 2 + vectors + tiles + SMEM_RESERVE
 
     def refuses(self, problem: Problem) -> str | None:
         """Return why this config cannot run `problem`, or None."""

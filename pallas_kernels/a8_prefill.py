@@ -31,6 +31,7 @@ from pallas_kernels.group_tiles import Groups, Tile, store_rows, two_views, view
 from pallas_kernels.launch import CLUSTER, GRID, WARPGROUP, launch
 from pallas_kernels.problem import Kernel, Problem
 from pallas_kernels.promote import Ring
+from pallas_kernels.tile_relay import Relay, relay_scratch
 from pallas_kernels.tiles import (
     cdiv,
     drain,
@@ -77,21 +78,32 @@ def matmul(
         groups_sm: Any = None,
         tile_full: Any = None,
         tile_empty: Any = None,
+        tiles_sm: Any = None,
+        tiles_full: Any = None,
+        tiles_empty: Any = None,
         **vectors,
     ):
         gmem, o_gm = dict(zip(names, refs, strict=False)), refs[-1]
         warpgroup, block_in_cluster = lax.axis_index(WARPGROUP), lax.axis_index(CLUSTER)
         clusters, o_rows = row_clusters, o_sm
+        relay = Relay(tiles_sm, tiles_full, tiles_empty, interpret)
         if groups:
             clusters = groups.counter(c.bm, interpret)(gmem["group_sizes"])
             o_sm, o_rows = views(o_sm, interpret)
 
-        def origin(info):
-            """Return this block's part of a tile of the grid, and its first row and channel."""
+        def origin(info, searches):
+            """Return this block's part of a tile of the grid, and its first row and channel.
+
+            In a grouped problem one warpgroup searches and tells the others.
+            """
             (linear,) = info.index
             row, column = plgpu.planar_snake(linear, (clusters, column_tiles), c.minor, c.group)
             if groups:
-                at = groups.finder(c.bm, interpret)(gmem["group_sizes"], row)
+                if searches:
+                    at = groups.finder(c.bm, interpret)(gmem["group_sizes"], row)
+                    relay.tell(at, info.local_index)
+                else:
+                    at = relay.hear(info.local_index)
                 return at, at.start(groups.align), column * c.bn
             at = Tile(0, (row * c.cluster + block_in_cluster) * c.bm, c.bm)
             return at, at.row, column * c.bn
@@ -104,7 +116,7 @@ def matmul(
                 (clusters * column_tiles,), collective_axes=GRID, init_carry=jnp.int32(0)
             )
             def steps_done(info, carry):
-                at, m0, n0 = origin(info)
+                at, m0, n0 = origin(info, searches=True)
 
                 def step(i, count):
                     s = slot(count, stages)
@@ -151,6 +163,8 @@ def matmul(
 
             total: Any = steps_done
             drain(empty, total, stages)
+            if groups:
+                relay.close(lax.div(total, jnp.int32(steps)))
             if epilogue.vectors:
 
                 @pl.when(total > 0)
@@ -185,7 +199,8 @@ def matmul(
                     in_rows, in_columns = slice(r * 64, (r + 1) * 64), slice(column, column + width)
                     blocks = [tile[part + p][in_rows, in_columns] for p in range(c.stage // width)]
                     first_row, first_column = m0 + my_row + r * 64, n0 + j * c.stage
-                    buffer = (warpgroup, count % c.staging)
+                    # The first finds all stores of the tile before done, as no later one does.
+                    buffer, pending = (warpgroup, count % c.staging), min(count, c.staging - 1)
                     if groups:
 
                         def within(row, first_row=first_row):
@@ -196,8 +211,8 @@ def matmul(
                         place = (first_row + skipped, first_column, live, skipped)
 
                         @pl.when(live > 0)
-                        def _(blocks=blocks, buffer=buffer, place=place):
-                            stage_tile(blocks, o_sm.at[buffer])
+                        def _(blocks=blocks, buffer=buffer, pending=pending, place=place):
+                            stage_tile(blocks, o_sm.at[buffer], pending=pending)
                             store_rows(o_rows.at[buffer], o_gm, *place)
 
                         continue
@@ -205,12 +220,12 @@ def matmul(
                         blocks,
                         o_sm.at[buffer],
                         o_gm.at[pl.ds(first_row, 64), pl.ds(first_column, c.stage)],
-                        pending=c.staging - 1,
+                        pending=pending,
                     )
 
             @plgpu.nd_loop((clusters * column_tiles,), collective_axes=GRID)
             def _(info):
-                at, m0, n0 = origin(info)
+                at, m0, n0 = origin(info, searches=False)
                 feed = Feed(
                     steps,
                     info.local_index * steps,
@@ -258,6 +273,8 @@ def matmul(
     }
     if grouped:
         scratch["groups_sm"] = plgpu.SMEM((stages, c.bm), jnp.float32)
+    if groups:
+        scratch |= relay_scratch(c.warpgroups)
     if epilogue.vectors:
         scratch["tile_full"] = plgpu.Barrier(num_arrivals=len(epilogue.vectors))
         scratch["tile_empty"] = plgpu.Barrier(num_arrivals=c.warpgroups)

@@ -51,7 +51,8 @@ class PrefillConfig(Config):
             ring += round_up(self.stages * self.bm * 4, SMEM_ALIGNMENT)
         staging = self.warpgroups * self.staging * 64 * self.stage * 2
         vectors = epilogue_of(problem, transposed=False).smem_bytes(1, self.bm, self.bn)
-        return ring + staging + vectors + SMEM_RESERVE
+        tiles = SMEM_ALIGNMENT if problem.experts else 0  # of `tile_relay`
+        return ring + staging + vectors + tiles + SMEM_RESERVE
 
     def refuses(self, problem: Problem) -> str | None:
         """Return why this config cannot run `problem`, or None."""
@@ -70,6 +71,9 @@ class PrefillConfig(Config):
         # beyond a dimension of a single swizzle tile does not seem to be dropped.
         if self.bn > problem.n or (self.bm > max(problem.m, 64) and not problem.experts):
             return f"a tile of {self.bm} x {self.bn} is larger than the output"
+        # Registers spill, those of products under way too, before they hold anything.
+        if problem.experts and promotes(problem) and self.unroll > 2:
+            return "with experts two steps in a row at most: four were wrong on an H100"
         if problem.experts and self.cluster > 1:
             return "row tiles of a grouped problem share no weights"
         if self.stages < 2:
@@ -162,7 +166,6 @@ def grouped_prefill_refuses(problem: Problem) -> str | None:
 
 def grouped_prefill_default(problem: Problem) -> PrefillConfig:
     """Return the widest tile."""
-    # Rows of four take more registers than the search for the expert's tile leaves.
     unroll = 2 if promotes(problem) else 1
     widths = ((128, 6),) if promotes(problem) else ((256, 4), (192, 5), (128, 6))
     for bn, stages in widths:

@@ -178,6 +178,17 @@ def test_candidates_lower_to_cuda(lower, case):
         lowered(lower, grouped, config)
 
 
+def test_a_row_of_four_products_is_refused():
+    """It spilled registers of products under way, and was wrong on the device."""
+    case = GroupedCase((64,) * 8, BLOCKED)
+    problem = grouped_a8_problem(**structs(case), **case.options)
+    four = dataclasses.replace(PREFILL, unroll=4)
+    assert "two steps" in (four.refuses(problem) or "")
+    assert dataclasses.replace(PREFILL, unroll=2).refuses(problem) is None
+    plain = GroupedCase((64,) * 8, SMALL)
+    assert four.refuses(grouped_a8_problem(**structs(plain), **plain.options)) is None
+
+
 def test_refusals_name_every_kernel():
     with pytest.raises(KernelError) as error:
         grouped_matmul_a8(**GroupedCase((3, 4), Case(0, n=100)).operands())
