@@ -41,12 +41,15 @@ def main() -> None:
     shard, shards = arguments.shard
     problems = [(name, m) for m in arguments.tokens for name in arguments.op or named]
     mine = problems[shard::shards]
-    with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // shards)) as pool:
-        programs = pool.map(lambda problem: prepare(named[problem[0]], problem[1]), mine)
-        for (name, tokens), (call, operands) in zip(mine, programs, strict=True):
+    # One compiles while another runs: the shards share the processor's cores.
+    with concurrent.futures.ThreadPoolExecutor(1 if shards > 1 else os.cpu_count()) as pool:
+        programs = [pool.submit(prepare, named[name], tokens) for name, tokens in mine]
+        for (name, tokens), program in zip(mine, programs, strict=True):
             if time.perf_counter() - start > arguments.seconds:
+                program.cancel()
                 print(name, tokens, "no time left", flush=True)
                 continue
+            call, operands = program.result()
             jax.block_until_ready(call(operands))
             print(name, tokens, "ran", flush=True)
     print("shard ended")

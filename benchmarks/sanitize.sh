@@ -18,8 +18,12 @@ export XLA_PYTHON_CLIENT_ALLOCATOR=platform XLA_FLAGS="--xla_gpu_enable_command_
 tools="memcheck racecheck synccheck"
 mkdir -p "$logs"
 
+# Each process has ports of its own, as they end when they meet, and leaves out the assembler that
+# a compilation starts.
+port=49152
 watch() { # TOOL LOG options of sanitize.py
-  compute-sanitizer --tool "$1" --error-exitcode 1 --print-limit 20 \
+  compute-sanitizer --tool "$1" --error-exitcode 1 --print-limit 20 --port "$port" \
+    --max-connections 16 --target-processes application-only \
     python3 -m benchmarks.sanitize "${@:3}" > "$logs/$2.log" 2>&1
 }
 
@@ -33,10 +37,12 @@ start=$SECONDS
 for tool in $tools; do
   for ((i = 0; i < shards; i++)); do
     watch "$tool" "${tool}_$i" --shard "$i" "$shards" "$@" &
+    port=$((port + 16))
   done
 done
 for tool in memcheck racecheck; do
   watch "$tool" "fault_$tool" --fault "$tool" &
+  port=$((port + 16))
 done
 wait
 seconds=$((SECONDS - start))
