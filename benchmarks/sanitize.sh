@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every kernel on small problems under compute-sanitizer (CUDA toolkit): memcheck, racecheck and
-# synccheck, each in several processes at once, and beside them two kernels that are wrong on
-# purpose, in which the tools have to find it.
+# synccheck, each in several processes at once, and then two kernels that are wrong on purpose, in
+# which the tools have to find it.
 # Usage: benchmarks/sanitize.sh [SUMMARY] [options of sanitize.py]
 # SHARDS is the number of processes of each tool; what they print stays in the folder LOGS.
 set -uo pipefail
@@ -18,11 +18,12 @@ export XLA_PYTHON_CLIENT_ALLOCATOR=platform XLA_FLAGS="--xla_gpu_enable_command_
 tools="memcheck racecheck synccheck"
 mkdir -p "$logs"
 
-# Each process has ports of its own, as they end when they meet, and leaves out the assembler that
-# a compilation starts.
+# Each process has ports and a folder for sockets of its own, as fourteen that shared them crashed,
+# and leaves out the assembler that a compilation starts.
 port=49152
 watch() { # TOOL LOG options of sanitize.py
-  compute-sanitizer --tool "$1" --error-exitcode 1 --print-limit 20 --port "$port" \
+  mkdir -p "$logs/tmp_$2"
+  TMPDIR="$logs/tmp_$2" compute-sanitizer --tool "$1" --error-exitcode 1 --print-limit 20 --port "$port" \
     --max-connections 16 --target-processes application-only \
     python3 -m benchmarks.sanitize "${@:3}" > "$logs/$2.log" 2>&1
 }
@@ -40,6 +41,7 @@ for tool in $tools; do
     port=$((port + 16))
   done
 done
+wait
 for tool in memcheck racecheck; do
   watch "$tool" "fault_$tool" --fault "$tool" &
   port=$((port + 16))
