@@ -7,13 +7,28 @@ import os
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxquant.errors import ConfigError
 
 T = TypeVar("T")
 MOST = 2**31 - 1
+
+
+def described(value: Any) -> str:
+    """A number, text or None itself, shortened; of anything else, which may be large, its type."""
+    plain = value is None or isinstance(value, str | bytes | int | float | complex | np.generic)
+    return repr(value)[:80] if plain else type(value).__name__
+
+
+def known_values(x: jax.Array) -> np.ndarray | None:
+    """The values of an array, None while a program is traced or where other hosts hold them."""
+    if isinstance(x, Tracer) or not x.is_fully_addressable:
+        return None
+    return np.asarray(x)
 
 
 def instance(where: str, value: Any, kind: type[T], rule: str, action: str = "") -> T:
@@ -23,7 +38,7 @@ def instance(where: str, value: Any, kind: type[T], rule: str, action: str = "")
         ConfigError: it is something else.
     """
     if not isinstance(value, kind):
-        raise ConfigError(where, f"{type(value).__name__} {value!r}"[:200], rule, action)
+        raise ConfigError(where, described(value), rule, action)
     return value
 
 
@@ -34,8 +49,7 @@ def path_of(where: str, value: Any) -> Path:
         ConfigError: neither, or an empty text.
     """
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
-        found = repr(value)[:80] if value is None or value == "" else type(value).__name__
-        raise ConfigError(where, found, "the name of a file or directory is needed")
+        raise ConfigError(where, described(value), "the name of a file or directory is needed")
     return Path(value)
 
 
@@ -51,8 +65,8 @@ def whole(where: str, value: Any, least: int | None = 1, most: int = MOST) -> in
         number = None
     if number is None or number > most or (least is not None and number < least):
         rule = "a whole number" + ("" if least is None else f" from {least}")
-        rule += f" to {most}" if most < MOST else ""
-        raise ConfigError(where, repr(value)[:80], rule)
+        rule += f" to {most}" if most != MOST else ""
+        raise ConfigError(where, described(value), rule)
     return number
 
 
@@ -63,7 +77,7 @@ def real(where: str, value: Any) -> float:
         ConfigError: no number.
     """
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.number):
-        raise ConfigError(where, repr(value)[:80], "a number")
+        raise ConfigError(where, described(value), "a number")
     if value != value:
         raise ConfigError(where, repr(value), "a number")
     return float(value)

@@ -96,10 +96,12 @@ def generate(
     instance("generate", model, CausalLM, "a CausalLM is needed", "see jaxquant.from_pretrained")
     vocabulary = model.config.vocab_size
     max_new_tokens = whole("max_new_tokens", max_new_tokens, most=MOST_NEW)
-    seed = whole("seed", seed, -(2**63), 2**64 - 1)
+    seed = whole("seed", seed, -(2**63), 2**63 - 1)
     top_k = None if top_k is None else min(whole("top_k", top_k), vocabulary)
     temperature, top_p = _sampled(temperature, top_p)
-    many = isinstance(prompts, Sequence | np.ndarray | jax.Array)
+    many = isinstance(prompts, Sequence) or (
+        isinstance(prompts, np.ndarray | jax.Array) and prompts.ndim
+    )
     if not many or isinstance(prompts, str | bytes):
         found = f"one {type(prompts).__name__}"
         raise ConfigError("prompts", found, "a list of texts or of token lists is needed")

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxquant as jq
 from jaxquant.arguments import real
@@ -48,11 +50,21 @@ def test_token_ids_of_a_pass(model, name):
         model(IDS[name])
 
 
+def test_token_ids_stay_where_they_are(model):
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    where = NamedSharding(mesh, PartitionSpec("data"))
+    ids = np.array([[1, 2, 3], [4, 5, 6]])
+    split = model(jax.device_put(ids, where))
+    assert split.sharding.is_equivalent_to(where, 3)
+    np.testing.assert_allclose(split, model(ids), rtol=0, atol=1e-5)
+
+
 PROMPTS = {
     "one text": "hello",
     "nothing": None,
     "a number": 5,
     "numbers": [1, 2],
+    "a number in an array": np.array(5),
     "one axis": np.ones(3, np.int32),
     "fractions": [[1.5]],
     "texts in a list": [["a"]],
@@ -89,7 +101,7 @@ def test_prompts(model, name):
         ("top_p", "x"),
         ("seed", "x"),
         ("seed", 1.5),
-        ("seed", 2**70),
+        ("seed", 2**63),
         ("eos", "</s>"),
         ("eos", 64),
         ("eos", -5),
@@ -108,6 +120,14 @@ def test_a_rank_past_the_vocabulary_keeps_all_tokens(model):
         jq.generate(model, [[1]], max_new_tokens=4, temperature=1.0, top_k=k) for k in (64, 10**9)
     )
     assert one == other
+
+
+def test_what_is_wrong_is_shown_in_short(model):
+    with pytest.raises(ConfigError) as caught:
+        jq.export_pretrained(model, "nowhere", format="gptq")
+    assert caught.value.found == "CausalLM"
+    with pytest.raises(ConfigError, match="from -9223372036854775808 to 9223372036854775807"):
+        jq.generate(model, [[1]], max_new_tokens=1, seed=2**64)
 
 
 def test_a_number_is_no_flag():

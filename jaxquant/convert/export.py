@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxquant.arguments import instance, path_of
+from jaxquant.arguments import path_of
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.arrays.scheme import Scheme
 from jaxquant.convert.fresh import fresh_directory, refuse_existing
@@ -93,7 +93,8 @@ def export_pretrained(
     """
     if not isinstance(source, str | os.PathLike):
         action = "write the model with jaxquant.save_pretrained and pass that directory"
-        instance("source", source, Path, "a checkpoint on disk is needed", action)
+        found, rule = type(source).__name__, "a checkpoint on disk is needed"
+        raise ConfigError("source", found, rule, action)
     source, path = path_of("source", source), path_of("path", path)
     if format not in (*TARGETS, "gguf"):
         raise ConfigError("format", repr(format), f"one of {', '.join((*TARGETS, 'gguf'))}")

@@ -10,9 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.core import Tracer
 
-from jaxquant.arguments import token_ids
+from jaxquant.arguments import known_values, token_ids
 from jaxquant.arrays.bank import ExpertBank, Run
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.errors import ConfigError
@@ -160,18 +159,16 @@ class CausalLM(nnx.Module):
             ConfigError: another shape or type, or (outside of jit) ids past the vocabulary.
         """
         graph, state = self.split()
-        if not isinstance(input_ids, Tracer):
-            input_ids = jnp.asarray(token_ids("input_ids", input_ids, self.config.vocab_size))
-        if (
-            input_ids.ndim != 2
-            or not input_ids.size
-            or not jnp.issubdtype(input_ids.dtype, jnp.integer)
-        ):
-            found = f"{input_ids.dtype} of shape {input_ids.shape}"
-            raise ConfigError(
-                "input_ids", found, "whole numbers [batch, token] are needed, one at least"
-            )
-        return _logits(graph, state, input_ids.astype(jnp.int32))
+        ids = input_ids
+        if not isinstance(ids, jax.Array):
+            ids = jnp.asarray(token_ids("input_ids", ids, self.config.vocab_size))
+        elif (known := known_values(ids)) is not None:
+            token_ids("input_ids", known, self.config.vocab_size)
+        if ids.ndim != 2 or not ids.size or not jnp.issubdtype(ids.dtype, jnp.integer):
+            found = f"{ids.dtype} of shape {ids.shape}"
+            rule = "integers [batch, token] are needed, one at least"
+            raise ConfigError("input_ids", found, rule)
+        return _logits(graph, state, ids.astype(jnp.int32))
 
     @property
     def nbytes(self) -> int:

@@ -108,13 +108,16 @@ def sort_by_expert(position: jax.Array, experts: int) -> tuple[jax.Array, jax.Ar
     chunks = jnp.pad(position, (0, -rows % chunk), constant_values=experts).reshape(-1, chunk)
     expert, index = jnp.arange(experts), jnp.arange(chunk)
     counts = jnp.sum(chunks[:, :, None] == expert, axis=1, dtype=jnp.int32)
-    sizes = jnp.sum(counts, axis=0)
-    starts = jnp.cumsum(sizes) - sizes + jnp.cumsum(counts, axis=0) - counts
+    sizes = jnp.sum(counts, axis=0, dtype=jnp.int32)
+    before = jnp.cumsum(sizes, dtype=jnp.int32) - sizes
+    starts = before + jnp.cumsum(counts, axis=0, dtype=jnp.int32) - counts
     earlier = (chunks[:, None, :] == chunks[:, :, None]) & (index[None, :] < index[:, None])
     rank = jnp.sum(earlier, axis=2, dtype=jnp.int32)
     place = jnp.take_along_axis(starts, jnp.minimum(chunks, experts - 1), axis=1) + rank
     place = place.reshape(-1)[:rows]
-    order = jnp.zeros_like(place).at[place].set(jnp.arange(rows), unique_indices=True)
+    order = (
+        jnp.zeros_like(place).at[place].set(jnp.arange(rows, dtype=jnp.int32), unique_indices=True)
+    )
     # Else XLA computes the comparisons again for every element that is gathered by the result.
     return lax.optimization_barrier((place, order, sizes))
 

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
+from jaxquant.arguments import known_values
 from jaxquant.arrays.bank import ExpertBank, StackedBank
 from jaxquant.arrays.qtensor import QTensor, require_qtensor
 from jaxquant.errors import LayoutError
@@ -117,10 +117,3 @@ def _whole_numbers(
     if known is not None and known.size and (known.min() < 0 or known.max() >= limit):
         raise LayoutError(where, f"{name} from {known.min()} to {known.max()}", rule)
     return value
-
-
-def known_values(x: jax.Array) -> np.ndarray | None:
-    """The values of an array, None while a program is traced or where other hosts hold them."""
-    if isinstance(x, Tracer) or not x.is_fully_addressable:
-        return None
-    return np.asarray(x)

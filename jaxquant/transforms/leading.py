@@ -69,9 +69,11 @@ def index_lead(q: QTensor, index: Any) -> QTensor:
     """
     entries = index if isinstance(index, tuple) else (index,)
     lead = require_qtensor("index_lead", q).lead
-    known = [i for i in entries if isinstance(i, int | np.integer)]
-    past = any(not -n <= i < n for i, n in zip(known, lead, strict=False))
-    if len(entries) > len(lead) or (len(known) == len(entries) and past):
+    past = any(
+        isinstance(i, int | np.integer) and not -n <= i < n
+        for i, n in zip(entries, lead, strict=False)
+    )
+    if len(entries) > len(lead) or past:
         raise LayoutError("index_lead", f"index {index!r}", f"the leading axes are {lead}")
     picked = q.map(lambda leaf, _: take_lead(leaf, index))
     return picked if q.perm is None else dataclasses.replace(picked, perm=q.perm[index])

@@ -149,7 +149,7 @@ def quantize(w: Any, scheme: Scheme | str, axes: Sequence[str] = ("in", "out")) 
         axes: names of the two trailing axes of ``w``.
     Returns:
         A QTensor with the same axes, whose activations are quantized as the scheme says.  Where
-        ``w`` is not finite, so is the whole cell that shares a scale with it.
+        ``w`` is not finite, no value of the cell that it shares a scale with is.
     Raises:
         ConfigError: the scheme cannot be written (unknown name, groups that do not divide ``in``).
         LayoutError: ``axes`` are not ``out`` and ``in``, or ``w`` is no such array of floats.
@@ -190,8 +190,9 @@ def _quantize(w: jax.Array, scheme: Scheme) -> QTensor:
     assert block is not None
     blocks, extents = _blocks(w.astype(jnp.float32), block)
     amax = jnp.max(jnp.abs(blocks), axis=(-3, -1), keepdims=True)
-    # Integers cannot say that they are no numbers: the scale of their cell does.
+    # Not isfinite(amax): a maximum over two axes drops NaN on a CPU.
     finite = jnp.all(jnp.isfinite(blocks), axis=(-3, -1), keepdims=True)
+    amax = jnp.where(finite, amax, 0.0)
     zeros: tuple[Any, ...] = ()
     top: tuple[Any, ...] = ()
     # Group scales take 16 bits, as in checkpoints; per channel or block they cost nothing.
@@ -211,7 +212,7 @@ def _quantize(w: jax.Array, scheme: Scheme) -> QTensor:
         low = jnp.minimum(jnp.min(blocks, axis=(-3, -1), keepdims=True), 0.0)
         high = jnp.maximum(jnp.max(blocks, axis=(-3, -1), keepdims=True), 0.0)
         stored = ((high - low) / (code.max - code.min)).astype(scale_dtype)
-        stored = jnp.where(finite, jnp.where(stored > 0, stored, 1), jnp.nan).astype(scale_dtype)
+        stored = jnp.where(stored > 0, stored, 1).astype(scale_dtype)
         scale = stored.astype(jnp.float32)
         zero = jnp.clip(jnp.round(code.min - low / scale), code.min, code.max)
         blocks = blocks + zero * scale
@@ -221,9 +222,10 @@ def _quantize(w: jax.Array, scheme: Scheme) -> QTensor:
         low = -jnp.min(blocks, axis=(-3, -1), keepdims=True) / -code.min
         high = jnp.max(blocks, axis=(-3, -1), keepdims=True) / code.max
         widest = jnp.maximum(low, high)
-        widest = jnp.where(amax > 0, widest, 1.0)
-        stored = jnp.where(finite, widest, jnp.nan).astype(scale_dtype)
+        stored = jnp.where(amax > 0, widest, 1.0).astype(scale_dtype)
         scale = stored.astype(jnp.float32)
+    # Few codes can say that they are no numbers: the scale of their cell does.
+    stored = jnp.where(finite, stored, jnp.asarray(jnp.nan, stored.dtype))
     patterns = encode_values(_unblock(blocks / scale, extents), code)
     axes = ("out", "in")
     grids = packed_grids(code, axes, "in", extents[1])

@@ -67,6 +67,7 @@ def slice_axis(q: QTensor, axis: str, start: int, stop: int) -> QTensor:
         stop: one past the last entry, a multiple of the span or the extent.
     Raises:
         LayoutError: a boundary falls inside a group; the message gives the nearest legal cuts.
+        ConfigError: a boundary is no whole number.
     """
     where = f"slice {axis!r}"
     extent, span = require_qtensor(where, q).extent(axis), q.layout.span(axis)
@@ -102,6 +103,7 @@ def split(q: QTensor, axis: str, sizes: Sequence[int]) -> list[QTensor]:
 
     Raises:
         LayoutError: the sizes do not add up to the extent, or a boundary falls inside a group.
+        ConfigError: a size is no whole number from 1.
     """
     where = f"split {axis!r}"
     extent = require_qtensor(where, q).extent(axis)
@@ -114,8 +116,8 @@ def split(q: QTensor, axis: str, sizes: Sequence[int]) -> list[QTensor]:
 
 def require_parts(parts: Sequence[QTensor], what: str) -> None:
     """Raise a LayoutError unless there is a part, and each is a QTensor."""
-    if isinstance(parts, QTensor) or not len(parts):
-        found = "a single QTensor" if isinstance(parts, QTensor) else "no parts"
+    if not isinstance(parts, Sequence) or not parts:
+        found = "no parts" if isinstance(parts, Sequence) else type(parts).__name__
         raise LayoutError(what, found, "a list of at least one QTensor is needed")
     for part in parts:
         require_qtensor(what, part)
@@ -148,6 +150,7 @@ def refine(q: QTensor, axis: str, step: int) -> QTensor:
         step: the new step in elements; it must divide the present ones (WHOLE is divided by any).
     Raises:
         LayoutError: a present step is not a multiple of the new one.
+        ConfigError: the new step is no whole number from 1.
     """
     require_qtensor(f"refine {axis!r}", q)
     step = whole(f"refine {axis!r}", step)
@@ -277,6 +280,7 @@ def pad_axis(q: QTensor, axis: str, extent: int) -> QTensor:
     Raises:
         LayoutError: the extent shrinks, falls inside a packed byte, or the weight is act-order
             along ``in`` or has offsets.
+        ConfigError: the extent is no whole number from 1.
     """
     old = require_qtensor(f"pad {axis!r}", q).extent(axis)
     i, rank, extent = q.layout.index(axis), len(q.axes), whole(f"pad {axis!r}", extent)

@@ -48,10 +48,13 @@ CALLS = {
     "pad an array": lambda: pad_axis(W, "in", 512),
     "pad to a fraction": lambda: pad_axis(INT4, "in", 512.0),
     "stack nothing": lambda: stack([]),
+    "stack None": lambda: stack(None),
+    "join what comes one by one": lambda: concat((part for part in [INT4, INT4]), "out"),
     "stack arrays": lambda: stack([W, W]),
     "unstack an array": lambda: unstack(W),
     "index without leading axes": lambda: index_lead(INT4, 0),
     "index past the end": lambda: index_lead(stack([INT4, INT4]), 2),
+    "index past the end of one of two": lambda: index_lead(stack([stack([INT4])]), (1, slice(1))),
     "index past the end on the host": lambda: index_lead(as_numpy(stack([INT4, INT4])), -3),
     "dequantize an array": lambda: dequantize(W),
     "dequantize to integers": lambda: dequantize(INT4, jnp.int8),
@@ -99,11 +102,28 @@ def test_wrong_arguments_are_errors_of_the_package(name):
     assert error.where and error.found and (error.rule or isinstance(error, PlanError))
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a16_g128", "w4a16_g128_asym", "fp8"])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_what_is_no_number_stays_none(scheme, value):
-    w = W.copy()
-    w[3, 5] = value
-    found = dequantize(quantize(w, scheme, ("out", "in")), axes=("out", "in"))
-    assert not np.isfinite(found[3, 5])
-    np.testing.assert_array_equal(np.isfinite(found[:3]), True)
+CELLS = {
+    "w8a8": (1, 256),
+    "w4a16_g128": (1, 128),
+    "w4a16_g128_asym": (1, 128),
+    "fp8": (1, 256),
+    "fp8_b128": (128, 128),
+    "mxfp4": (1, 32),
+    "mxfp8": (1, 32),
+    "nvfp4": (1, 16),
+}
+
+
+@pytest.mark.parametrize("scheme", CELLS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_leaves_its_cell_without_any(scheme, value):
+    spoiled, zero = W.copy(), W.copy()
+    spoiled[3, 5], zero[3, 5] = value, 0
+    found, other = (
+        np.asarray(dequantize(quantize(w, scheme, ("out", "in")))) for w in (spoiled, zero)
+    )
+    rows, columns = CELLS[scheme]
+    cell = np.zeros(W.shape, bool)
+    cell[:, :columns] = np.arange(len(W))[:, None] // rows == 3 // rows
+    assert not np.isfinite(found[cell]).any()
+    np.testing.assert_array_equal(found[~cell], other[~cell])
