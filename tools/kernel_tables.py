@@ -29,6 +29,14 @@ TOGETHER = {
         "w4a8_int8",
         "w4a8_fp8",
     ),
+    "FP4 and GGUF weights, us (of the memory bandwidth, by the bytes of the format's files)": (
+        "nvfp4",
+        "mxfp4",
+        "q8_0",
+        "q4_k",
+        "q5_k",
+        "q6_k",
+    ),
     "Activation quantization, bfloat16 to e4m3, us (of the memory bandwidth)": tuple(
         name for name in CASE if name.startswith("quantize_")
     ),

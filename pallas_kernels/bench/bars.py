@@ -23,7 +23,7 @@ class Bar:
             memory bandwidth), "TB/s" (of weight codes alone) or the `--op` name that the ratio
             is to.
         mean: least geometric mean; None for none.
-        worst: least value of any shape.
+        worst: least value of any shape; 0 for none.
         tokens: first and last number of tokens.
         layer: (n, k), where only one layer counts.
     """
@@ -48,6 +48,7 @@ class Bar:
 
 
 _QUANTIZE = tuple(f"quantize_{s}{f}" for s in ("token", "1x128") for f in ("", "_rms", "_gated"))
+_FP4, _GGUF = ("nvfp4", "mxfp4"), ("q8_0", "q4_k", "q5_k", "q6_k")
 BARS = (
     Bar("fp8 token x channel", ("fp8",), "peer", 1.05, 0.92),
     Bar("int8", ("int8",), "peer", 1.10, 0.92),
@@ -62,6 +63,9 @@ BARS = (
     Bar("W4A16 with zero points", ("w4a16_zero",), "w4a16", None, 1 / 1.08),
     Bar("W4A16 g32", ("w4a16_g32",), "w4a16", None, 1 / 1.15),
     Bar("W8A16 / FP8A16, M <= 64", ("w8a16", "fp8a16"), "memory", 0.80, 0.70, (1, 64)),
+    Bar("FP4 and GGUF weights, M <= 16", (*_FP4, *_GGUF), "memory", None, 0.70, (1, 16)),
+    Bar("FP4 weights, M <= 16, against Marlin", _FP4, "peer", 1.00, 0.0, (1, 16)),
+    Bar("GGUF weights, M <= 16, against ggml", _GGUF, "peer", 1.00, 0.0, (1, 16)),
     Bar("quantization, M >= 1024", _QUANTIZE, "memory", 0.80, 0.70, (1024, 2**30)),
 )
 
