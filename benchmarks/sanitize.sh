@@ -18,7 +18,7 @@ export XLA_PYTHON_CLIENT_ALLOCATOR=platform XLA_FLAGS="--xla_gpu_enable_command_
 tools="memcheck racecheck synccheck"
 mkdir -p "$logs"
 
-# Each process has ports and a folder for sockets of its own, as fourteen that shared them crashed,
+# Each process has ports and a folder for sockets of its own: of twelve that shared them all crashed,
 # and leaves out the assembler that a compilation starts.
 port=49152
 watch() { # TOOL LOG options of sanitize.py
