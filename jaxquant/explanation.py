@@ -14,6 +14,7 @@ from jaxquant.arrays.qtensor import QTensor
 from jaxquant.nn.stack import unstack_layers
 from jaxquant.ops.prepared import Prepared
 from jaxquant.ops.select import Choice, explain_grouped, explain_matmul
+from jaxquant.ops.sharded import Sharded
 
 COLUMNS = ("path", "shape", "layout", "activations", "runs on", "MiB", "why not faster")
 
@@ -24,7 +25,7 @@ class Row:
 
     Attributes:
         path: module path; "" for a lone QTensor.
-        shape: logical shape.
+        shape: logical shape; for experts on a mesh, of one device's.
         layout: the layout in words.
         activations: how they are quantized, "-" for not at all.
         kernel: what runs.
@@ -66,6 +67,27 @@ class Explanation:
         return "\n".join([*lines, f"{len(self.rows)} weights, {total:.2f} MiB, batch {self.batch}"])
 
 
+def _of_weight(path: str, q: QTensor | Prepared | Sharded, batch: int) -> Row:
+    if not isinstance(q, Sharded):
+        return _row(path, q, explain_matmul(q, batch))
+    row = _row(path, q.part, explain_matmul(q.part, batch))
+    return dataclasses.replace(_on_each(row, q), shape=q.shape)
+
+
+def _on_each(row: Row, value: Sharded) -> Row:
+    """The row of one device's part."""
+    return dataclasses.replace(row, kernel=f"{row.kernel} on each of {value.devices} devices")
+
+
+def _of_bank(path: str, value: ExpertBank | Sharded, batch: int) -> list[Row]:
+    bank = value.part if isinstance(value, Sharded) else value
+    rows = [
+        _row(f"{path}[{run.start}:{run.stop}]", part, explain_grouped(part, batch))
+        for run, part in zip(bank.runs, bank.parts, strict=True)
+    ]
+    return [_on_each(row, value) for row in rows] if isinstance(value, Sharded) else rows
+
+
 def _row(path: str, q: QTensor | Prepared, choice: Choice) -> Row:
     act = str(q.act) if q.act else "-"
     layout = str(q.layout)
@@ -86,8 +108,8 @@ def explain(model_or_q: Any, batch: int = 1) -> Explanation:
         ConfigError: neither a weight nor a model, or no number of rows.
     """
     batch = whole("batch", batch)
-    if isinstance(model_or_q, QTensor | Prepared):
-        return Explanation((_row("", model_or_q, explain_matmul(model_or_q, batch)),), batch)
+    if isinstance(model_or_q, QTensor | Prepared | Sharded):
+        return Explanation((_of_weight("", model_or_q, batch),), batch)
     instance("explain", model_or_q, nnx.Module, "a QTensor or an NNX model is needed")
     rows: list[Row] = []
     graph, state = nnx.split(model_or_q)
@@ -95,10 +117,9 @@ def explain(model_or_q: Any, batch: int = 1) -> Explanation:
     model = unstack_layers(nnx.merge(graph, shapes))
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         name, value = ".".join(map(str, path)), variable.get_value()
-        if isinstance(value, QTensor | Prepared):
-            rows.append(_row(name, value, explain_matmul(value, batch)))
-        elif isinstance(value, ExpertBank):
-            for run, part in zip(value.runs, value.parts, strict=True):
-                where = f"{name}[{run.start}:{run.stop}]"
-                rows.append(_row(where, part, explain_grouped(part, batch)))
+        bank = value.parts if isinstance(value, Sharded) else value
+        if isinstance(bank, ExpertBank):
+            rows += _of_bank(name, value, batch)
+        elif isinstance(value, QTensor | Prepared | Sharded):
+            rows.append(_of_weight(name, value, batch))
     return Explanation(tuple(rows), batch)

@@ -112,7 +112,9 @@ def from_pretrained(
         config: content of a ``config.json``, or its path, that says what a ``.gguf`` file holds,
             where its architecture is unknown; ``names`` says what it calls its tensors.
         mesh: places weights over devices; axes named ``tp`` (or ``model``) split heads and inner
-            widths, ``ep`` (or ``expert``) splits experts, any others replicate.
+            widths, ``ep`` (or ``expert``) splits experts, any others replicate.  Where there are
+            kernels every device runs them on its parts (see :func:`jaxquant.prepare_model`), except
+            with ``scan_layers``.
         dtype: compute dtype, float32, bfloat16 or float16.  Weights keep their own.  None is
             bfloat16, or what a converted model was saved with.
         scan_layers: stack each run of equal layers and compile it as one loop, in a time that does
@@ -133,7 +135,8 @@ def from_pretrained(
     if dtype is not None:
         dtype = float_dtype("dtype", dtype)
     place = placer(mesh)
-    prepares = mesh is None and has_kernels()
+    # A loop over layers takes each layer's weights out of a stack, which parts on a mesh are not.
+    prepares = has_kernels() and not (mesh is not None and scan_layers)
     tokenizer = tokenizer_of(path)
     if is_saved(path):
         for option, value in (("plan", plan), ("names", names), ("config", config)):

@@ -39,12 +39,17 @@ def logical_axes(path: str) -> dict[str, str]:
 
 
 def _weight_shardings(q: QTensor, path: str, mesh: Mesh, lead: tuple[str, ...]) -> QTensor:
-    """Shardings of a weight; one that cannot be cut there is replicated."""
+    """Shardings of a weight; one that cannot be cut there is replicated.
+
+    Experts that the mesh does not divide are on every device, cut along their inner width still.
+    """
     rules = rules_for(mesh)
-    try:
-        return shardings(specs(q, logical_axes(path), rules, mesh, lead, path), mesh)
-    except LayoutError:
-        return shardings(specs(q, {}, rules, mesh, (), path), mesh)
+    for logical, leading in ((logical_axes(path), lead), (logical_axes(path), ())):
+        try:
+            return shardings(specs(q, logical, rules, mesh, leading, path), mesh)
+        except LayoutError:
+            continue
+    return shardings(specs(q, {}, rules, mesh, (), path), mesh)
 
 
 def sharding_of(path: str, value: Any, mesh: Mesh) -> Any:

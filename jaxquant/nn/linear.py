@@ -13,8 +13,9 @@ from jaxquant.arrays.qtensor import QTensor
 from jaxquant.errors import LayoutError
 from jaxquant.ops import operands
 from jaxquant.ops.prepared import Prepared
+from jaxquant.ops.sharded import Sharded
 
-Weights = tuple[QTensor | Prepared, ...]
+Weights = tuple[QTensor | Prepared | Sharded, ...]
 
 
 class QWeight(nnx.Variable[Any]):
@@ -37,7 +38,9 @@ class Linear(nnx.Module):
         dtype: what inputs are cast to first; None keeps them as they are.
     """
 
-    def __init__(self, weight: QTensor | Prepared, bias: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self, weight: QTensor | Prepared | Sharded, bias: Any = None, dtype: Any = None
+    ) -> None:
         weight = operands.weight("Linear", weight)
         if sorted(weight.axes) != ["in", "out"] or weight.lead:
             raise LayoutError("Linear", f"a weight {weight!r}", "axes 'out' and 'in', nothing else")

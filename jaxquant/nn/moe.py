@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,6 +16,8 @@ from jaxquant.arrays.bank import ExpertBank, ExpertPlan
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.nn.basic import MLP, activation
 from jaxquant.nn.linear import Buffer, Linear, QWeight
+from jaxquant.ops.sharded import Sharded, on_parts
+from jaxquant.ops.sharded_bank import local_positions
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # Rows that are compared with each other when sorting by expert.
@@ -180,21 +183,72 @@ class Experts(nnx.Module):
         self.plan = plan
         self.hidden_act = hidden_act
 
-    def _rows(self, x: jax.Array, source: jax.Array, sizes: jax.Array) -> jax.Array:
+    def _rows(
+        self, banks: Sequence[Any], x: jax.Array, source: jax.Array, sizes: jax.Array
+    ) -> jax.Array:
         """``[row, hidden]``: of each row its token's output of its expert, not yet weighted."""
-        down = self.down_proj.get_value()
-        if self.gate_up_proj is not None:
-            both = ops.grouped_matmul(x, self.gate_up_proj.get_value(), sizes, source=source)
+        *first, down = banks
+        outer = [ops.grouped_matmul(x, bank, sizes, source=source) for bank in first]
+        if len(outer) == 1:
             if self.hidden_act in ("silu", "swish"):
-                return ops.grouped_matmul(both, down, sizes, gated=True)
-            gate, up = jnp.split(both, 2, axis=1)
-        else:
-            assert self.gate_proj is not None and self.up_proj is not None
-            gate, up = (
-                ops.grouped_matmul(x, bank.get_value(), sizes, source=source)
-                for bank in (self.gate_proj, self.up_proj)
-            )
+                return ops.grouped_matmul(outer[0], down, sizes, gated=True)
+            outer = jnp.split(outer[0], 2, axis=1)
+        gate, up = outer
         return ops.grouped_matmul(activation(self.hidden_act, gate) * up, down, sizes)
+
+    def _banks(self) -> list[Any]:
+        """Gate and up, apart or as one, then down."""
+        variables = (self.gate_proj, self.up_proj, self.gate_up_proj, self.down_proj)
+        return [variable.get_value() for variable in variables if variable is not None]
+
+    def _sum(
+        self,
+        banks: Sequence[Any],
+        position: jax.Array,
+        experts: int,
+        x: jax.Array,
+        weights: jax.Array,
+        elsewhere: bool = False,
+    ) -> jax.Array:
+        """Float32 ``[token, hidden]``: sum of each token's experts among those of the banks.
+
+        Args:
+            banks: gate and up, apart or as one, then down.
+            position: int32 ``[token, top_k]``, where the experts stand.
+            experts: positions of the banks.
+            x: ``[token, hidden]``.
+            weights: float32 ``[token, top_k]``.
+            elsewhere: whether other devices have experts, whose position is ``experts`` here.
+        """
+        tokens, top_k = position.shape
+        # Rows of other devices' experts come last, in no group.
+        place, order, sizes = sort_by_expert(position.reshape(-1), experts + elsewhere)
+        outer = self._rows(banks, x, order // top_k, sizes[:experts])
+        # Back in the order of tokens by a gather: unlike a scatter-add, sums have one fixed order.
+        outer = outer[place].reshape(tokens, top_k, outer.shape[-1]).astype(jnp.float32)
+        weighted = outer * weights[:, :, None]
+        if elsewhere:
+            weighted = jnp.where((position < experts)[:, :, None], weighted, 0)
+        return jnp.sum(weighted, axis=1)
+
+    def _on_devices(
+        self, banks: Sequence[Sharded], x: jax.Array, ids: jax.Array, weights: jax.Array
+    ) -> jax.Array:
+        """Every device computes what its experts, or its parts of them, add to the tokens."""
+        down = banks[-1]
+        table = local_positions(self.plan.runs[-1], down.placements, down.mesh)
+        of_id = jnp.asarray(table[:, self.plan.positions])
+        expert_axis = next((p.expert for p in down.placements if p.expert is not None), None)
+        inner = down.placement.inner
+
+        def local(parts: Sequence[Any], x: jax.Array, ids: jax.Array, weights: jax.Array):
+            device = 0 if expert_axis is None else lax.axis_index(expert_axis)
+            position, elsewhere = of_id[device][ids], expert_axis is not None
+            y = self._sum(parts, position, parts[-1].experts, x, weights, elsewhere)
+            summed = tuple(axis for axis in (expert_axis, inner) if axis is not None)
+            return lax.psum(y, summed) if summed else y
+
+        return on_parts(local, banks, x, ids, weights)
 
     def __call__(self, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
         """Sum of each token's experts.
@@ -208,13 +262,11 @@ class Experts(nnx.Module):
         Returns:
             ``[token, hidden]`` in the dtype of ``x``.
         """
-        tokens, top_k = ids.shape
-        position = jnp.asarray(self.plan.positions)[ids].reshape(-1)
-        place, order, sizes = sort_by_expert(position, len(self.plan.order))
-        outer = self._rows(x, order // top_k, sizes)
-        # Back in the order of tokens by a gather: unlike a scatter-add, sums have one fixed order.
-        outer = outer[place].reshape(tokens, top_k, outer.shape[-1]).astype(jnp.float32)
-        return jnp.sum(outer * weights[:, :, None], axis=1).astype(x.dtype)
+        banks = self._banks()
+        if isinstance(banks[-1], Sharded):
+            return self._on_devices(banks, x, ids, weights).astype(x.dtype)
+        position = jnp.asarray(self.plan.positions)[ids]
+        return self._sum(banks, position, len(self.plan.order), x, weights).astype(x.dtype)
 
 
 class MoE(nnx.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, TypeVar
 
+import jax
 from flax import nnx
 
 from jaxquant.arguments import instance
@@ -17,6 +18,8 @@ from jaxquant.nn.mla import LatentAttention
 from jaxquant.nn.moe import PROJECTIONS, Experts
 from jaxquant.ops.prepared import Prepared, prepare, unprepare
 from jaxquant.ops.prepared_bank import join_banks, prepare_bank, split_bank, unprepare_bank
+from jaxquant.ops.sharded import Sharded, shard, unshard
+from jaxquant.ops.sharded_bank import bank_gains, one_order, over_parts, shard_bank, unshard_bank
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -37,6 +40,10 @@ def prepare_model(model: Model) -> Model:
     Projections that read one input (q, k and v; gate and up, also those of experts) become one
     weight where their layouts allow and a kernel takes it.
 
+    Weights that lie on a mesh become their devices' parts, each in kernel order, and stay apart:
+    their matmuls run on every device, with one sum over devices after a weight whose inputs are
+    split.  There each device quantizes its part of the inputs by itself, with its own scales.
+
     A pure transform with an exact inverse, to be made last: prepared weights cannot be cut, joined
     or sharded.  :func:`jaxquant.from_pretrained` does it where the machine has such kernels;
     weights are converted module by module, so that only those of one are in memory twice.
@@ -56,7 +63,7 @@ def prepare_model(model: Model) -> Model:
         elif isinstance(node, Linear) and not _STRUCTURAL.search(".".join(map(str, path))):
             value = node.weight.get_value()
             if isinstance(value, QTensor) and not value.lead:
-                node.weight.set_value(prepare(value))
+                node.weight.set_value(_prepare_weight(value))
     return prepared
 
 
@@ -73,8 +80,12 @@ def unprepare_model(model: Model) -> Model:
     for _, node in list(nnx.iter_graph(plain)):
         if isinstance(node, Experts):
             _unprepare_experts(node)
-        elif isinstance(node, Linear) and isinstance(node.weight.get_value(), Prepared):
-            node.weight.set_value(unprepare(node.weight.get_value()))
+        elif isinstance(node, Linear):
+            value = node.weight.get_value()
+            if isinstance(value, Prepared):
+                node.weight.set_value(unprepare(value))
+            elif isinstance(value, Sharded):
+                node.weight.set_value(unshard(value))
     return plain
 
 
@@ -83,12 +94,14 @@ def is_prepared(model: nnx.Module) -> bool:
     for _, node in nnx.iter_graph(model):
         if isinstance(node, JoinedLinear):
             return True
-        if isinstance(node, Linear) and isinstance(node.weight.get_value(), Prepared):
+        if isinstance(node, Linear) and isinstance(node.weight.get_value(), Prepared | Sharded):
             return True
         if isinstance(node, Experts):
             if node.gate_up_proj is not None:
                 return True
-            banks = (getattr(node, name).get_value() for name in PROJECTIONS)
+            banks = [getattr(node, name).get_value() for name in PROJECTIONS]
+            if isinstance(banks[0], Sharded):
+                return True
             if any(isinstance(part, Prepared) for bank in banks for part in bank.parts):
                 return True
     return False
@@ -121,10 +134,23 @@ def _cut(module: nnx.Module, names: tuple[str, ...], joined: str) -> None:
             setattr(module, name, nnx.data(linear))
 
 
+def _prepare_weight(q: QTensor) -> QTensor | Prepared | Sharded:
+    return shard(q) if _spread(q) else prepare(q)
+
+
+def _spread(value: Any) -> bool:
+    """Whether a weight lies on several devices."""
+    return any(len(leaf.devices()) > 1 for leaf in jax.tree.leaves(value))
+
+
 def _prepare_experts(experts: Experts) -> None:
-    for variable in (experts.gate_proj, experts.up_proj, experts.down_proj):
-        if variable is not None:
-            variable.set_value(prepare_bank(variable.get_value()))
+    banks = [variable.get_value() for variable in _projections(experts)]
+    if _spread(banks):
+        if not any(isinstance(bank, Sharded) for bank in banks):
+            _shard_experts(experts, banks)
+        return
+    for variable in _projections(experts):
+        variable.set_value(prepare_bank(variable.get_value()))
     gate, up = experts.gate_proj, experts.up_proj
     both = None
     if gate is not None and up is not None:
@@ -134,11 +160,35 @@ def _prepare_experts(experts: Experts) -> None:
         experts.gate_proj, experts.up_proj = nnx.static(None), nnx.static(None)
 
 
+def _projections(experts: Experts) -> list[QWeight]:
+    """Those of gate, up and down that stand for themselves."""
+    variables = (experts.gate_proj, experts.up_proj, experts.down_proj)
+    return [variable for variable in variables if variable is not None]
+
+
+def _shard_experts(experts: Experts, banks: list[Any]) -> None:
+    """Put each device's experts into kernel order; as they are where no kernel would take them."""
+    cut = [made for bank in banks if (made := shard_bank(bank)) is not None]
+    if len(cut) < len(banks) or not one_order(cut, banks) or not any(map(bank_gains, cut)):
+        return
+    both = over_parts(join_banks, *cut[:2])
+    if both is not None:
+        experts.gate_up_proj = nnx.data(QWeight(both))
+        experts.gate_proj, experts.up_proj = nnx.static(None), nnx.static(None)
+    for variable, value in zip(_projections(experts), cut[-1:] if both else cut, strict=True):
+        variable.set_value(value)
+
+
 def _unprepare_experts(experts: Experts) -> None:
     if experts.gate_up_proj is not None:
-        gate, up = split_bank(experts.gate_up_proj.get_value())
+        both = experts.gate_up_proj.get_value()
+        if isinstance(both, Sharded):
+            gate, up = (over_parts(lambda bank, i=i: split_bank(bank)[i], both) for i in range(2))
+        else:
+            gate, up = split_bank(both)
         experts.gate_up_proj = nnx.static(None)
         experts.gate_proj, experts.up_proj = nnx.data(QWeight(gate)), nnx.data(QWeight(up))
-    for variable in (experts.gate_proj, experts.up_proj, experts.down_proj):
-        if variable is not None:
-            variable.set_value(unprepare_bank(variable.get_value()))
+    for variable in _projections(experts):
+        value = variable.get_value()
+        plain = unshard_bank(value) if isinstance(value, Sharded) else unprepare_bank(value)
+        variable.set_value(plain)

@@ -23,8 +23,9 @@ from jaxquant.ops.backend import Backend, resolve
 from jaxquant.ops.kernels import quantize_options, quantize_refusal, scale_layout
 from jaxquant.ops.prepared import Prepared
 from jaxquant.ops.select import rows_of, tries_kernels
+from jaxquant.ops.sharded import Sharded
 
-Weight = QTensor | Prepared
+Weight = QTensor | Prepared | Sharded
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
@@ -102,15 +103,19 @@ def _check_readers(where: str, readers: Sequence[Weight], width: int) -> None:
             raise LayoutError(where, f"{q!r} as a reader", f"it would read {width} inputs")
 
 
-def _common(readers: Sequence[Weight]) -> Weight | None:
+def _common(readers: Sequence[Weight]) -> QTensor | Prepared | None:
     """A weight that quantizes its input as all of ``readers`` do, or None."""
-    if not readers or readers[0].act is None or scale_layout(readers[0]) is None:
+    # On a mesh each device quantizes what it multiplies.
+    known = [q for q in readers if not isinstance(q, Sharded)]
+    if not known or len(known) < len(readers):
         return None
-    if any(q.act != readers[0].act or q.pre_scale is not None for q in readers):
+    first = known[0]
+    if first.act is None or scale_layout(first) is None:
+        return None
+    if any(q.act != first.act or q.pre_scale is not None for q in known):
         return None
     # Whether static scales are equal is in their values, which a traced program does not know.
-    shared = len(readers) == 1 or readers[0].act.dynamic
-    return readers[0] if shared else None
+    return first if len(known) == 1 or first.act.dynamic else None
 
 
 def _quantized(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 
 from jaxquant.arrays.qtensor import QTensor
@@ -11,10 +13,14 @@ from jaxquant.ops.activations import QActivation
 from jaxquant.ops.backend import Backend, resolve
 from jaxquant.ops.prepared import Prepared
 from jaxquant.ops.select import run_matmul
+from jaxquant.ops.sharded import Sharded, matmul_on_parts
 
 
 def matmul(
-    x: jax.Array | QActivation, q: QTensor | Prepared, *, backend: Backend | None = None
+    x: jax.Array | QActivation,
+    q: QTensor | Prepared | Sharded,
+    *,
+    backend: Backend | None = None,
 ) -> jax.Array:
     """Multiply activations with a weight in any layout.
 
@@ -23,7 +29,8 @@ def matmul(
     Args:
         x: ``[..., in]`` float32, bfloat16 or float16, or an activation that was quantized as
             ``q.act`` says (with ``q``'s own scale, if that is static).
-        q: a weight with axes ``in`` and ``out`` in some order, without leading axes.
+        q: a weight with axes ``in`` and ``out`` in some order, without leading axes; on a mesh, as
+            :func:`jaxquant.prepare_model` makes it, every device multiplies with its part.
         backend: "auto", "pallas", "xla" or "interpret"; by default the surrounding
             ``jaxquant.backend(...)`` context, else "auto".
     Returns:
@@ -46,6 +53,12 @@ def matmul(
         raise LayoutError(
             "matmul", f"x of shape {x.shape}", f"the last axis is in = {q.extent('in')}"
         )
+    if isinstance(q, Sharded):
+        if isinstance(x, QActivation):
+            found, rule = "quantized activations", "a weight on a mesh quantizes on every device"
+            raise LayoutError("matmul", found, rule, "pass the dense activation")
+        run = functools.partial(run_matmul, backend=resolve(backend))
+        return matmul_on_parts(run, x, q)
     if isinstance(x, QActivation) and (x.act != q.act or q.pre_scale is not None):
         before = ", after a pre-scale" if q.pre_scale is not None else ""
         raise LayoutError(

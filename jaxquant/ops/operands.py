@@ -16,8 +16,9 @@ from jaxquant.arrays.bank import ExpertBank, StackedBank
 from jaxquant.arrays.qtensor import QTensor, require_qtensor
 from jaxquant.errors import LayoutError
 from jaxquant.ops.prepared import Prepared
+from jaxquant.ops.sharded import Sharded
 
-Weight = QTensor | Prepared
+Weight = QTensor | Prepared | Sharded
 FLOATS = ("float32", "bfloat16", "float16")
 
 
@@ -43,7 +44,7 @@ def weight(where: str, q: Any) -> Weight:
     Raises:
         LayoutError: it is no weight, or a leaf breaks the layout.
     """
-    return q if isinstance(q, Prepared) else require_qtensor(where, q).check(where)
+    return q if isinstance(q, Prepared | Sharded) else require_qtensor(where, q).check(where)
 
 
 def bank(where: str, value: Any) -> ExpertBank | StackedBank:

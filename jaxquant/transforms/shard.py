@@ -112,13 +112,28 @@ def specs(
                 where, f"{extent} experts or layers, {ways} ways", "they divide evenly"
             )
 
+    return partition(q, chosen, lead_axes)
+
+
+def partition(
+    q: QTensor, chosen: Mapping[str, str | None], lead: tuple[str | None, ...]
+) -> QTensor:
+    """Return ``q`` with the PartitionSpec of every leaf, where the cuts are known to be legal.
+
+    Args:
+        q: ``[*lead, *axes]``, whole or one device's part of it, real or abstract leaves.
+        chosen: axis of ``q`` -> mesh axis that splits it; others are not split.
+        lead: mesh axis (or None) of each leading axis.
+    """
+
     def one(_: Any, grid: Grid) -> PartitionSpec:
         trailing = [
-            None if step == WHOLE else chosen[axis] for axis, step in zip(q.axes, grid, strict=True)
+            None if step == WHOLE else chosen.get(axis)
+            for axis, step in zip(q.axes, grid, strict=True)
         ]
-        return PartitionSpec(*lead_axes, *trailing)
+        return PartitionSpec(*lead, *trailing)
 
-    perm = None if q.perm is None else PartitionSpec(*lead_axes, None)
+    perm = None if q.perm is None else PartitionSpec(*lead, None)
     return q.map(one, perm=perm)
 
 

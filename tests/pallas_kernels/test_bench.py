@@ -1,10 +1,8 @@
 """bench and tune: tables, ratios and cases; timing itself needs a GPU."""
 
 import dataclasses
-import functools
 import json
 import os
-import pickle
 import runpy
 import sys
 import time
@@ -16,7 +14,6 @@ import pytest
 
 from pallas_kernels.bench import __main__ as bench
 from pallas_kernels.bench import bars
-from pallas_kernels.bench import run as runs
 from pallas_kernels.bench.cases import CASES
 from pallas_kernels.bench.limits import Limits
 from pallas_kernels.bench.timing import Timing, copies, program
@@ -186,7 +183,7 @@ def test_a_report_becomes_the_tables_of_the_docs(tmp_path, monkeypatch):
 
 def test_no_problem_is_run_in_two_passes():
     # XLA merges the second pass with the first: half the calls, and half the time.
-    loops = [runs.calls_of(case, size).loops for case in CASES for size in case.sizes]
+    loops = [bench.calls_of(case, size).loops for case in CASES for size in case.sizes]
     assert 2 not in loops and {1, 3} < set(loops)
     with pytest.raises(ValueError, match="two passes"):
         program(lambda x: x + 1, [jax.ShapeDtypeStruct((8,), "float32")], 1, loops=2)
@@ -198,14 +195,14 @@ def test_a_time_below_the_floor_is_no_result(monkeypatch):
     nbytes = case.work(16, 256, 256)[1]
 
     def row(us: float):
-        monkeypatch.setattr(runs, "measure", lambda *_: Timing(us, us))
+        monkeypatch.setattr(bench, "measure", lambda *_: Timing(us, us))
         make = jax.jit(case.operands, static_argnums=(0, 1, 2))
-        return runs.run(
+        return bench.run(
             case, (16, 256, 256), (lambda seed: make(16, 256, 256, seed), lambda: None), limits, 1
         )
 
     assert row(nbytes * 1e-6)["of_floor"] == 1
-    with pytest.raises(runs.ImpossibleError, match="removed"):
+    with pytest.raises(bench.ImpossibleError, match="removed"):
         row(nbytes * 1e-6 / 2)
 
 
@@ -274,12 +271,3 @@ def test_tuning_ranks_the_right_candidates(monkeypatch):
     assert order[-4:] == [50.0, *(52.0 - len(choices) + i for i in range(3))], "again, in turn"
     with pytest.raises(TimeoutError):
         tune(time.time() - 1, ("int8", size), Turn(__file__))
-
-
-def test_what_the_command_gives_to_processes_can_be_pickled():
-    # A spawned process does not import a package's __main__.
-    work = functools.partial(runs.timed, Limits(1e12, {}), 1, 0.0)
-    assert pickle.loads(pickle.dumps(work)).func is runs.timed
-    assert runs.timed.__module__ == "pallas_kernels.bench.run"
-    problems, nbytes = [("int8", (16, 256, 512))], [1.0]
-    assert [*in_processes(work, problems, nbytes, 1)] == [(0, None, "TimeoutError no time left")]
