@@ -20,12 +20,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
 from pallas_kernels.decode_codes import (
+    fused,
+    is_bf16,
     operand_bytes,
     operand_pair,
     progressive_terms,
     zero_operand,
 )
-from pallas_kernels.decode_scales import SpanFactors, as_row, fused, row_scales
+from pallas_kernels.decode_scales import SpanFactors, as_row, row_scales
 from pallas_kernels.record import CHANNELS, DEPTH, WORDS, Record
 from pallas_kernels.record_values import code_values, offset_values, scale_values
 from pallas_kernels.registers import Bits, words_of
@@ -49,12 +51,14 @@ def reference_decoder(record: Record, dtype: Any, depth: int, span: int, scaled:
     def decode(ref: Any, index: int) -> list[Tile]:
         words = ref[...]
         values, scales = code_values(record, words), scale_values(record, words)
+        unit = record.unit(dtype)
         if scaled:
             # Like the device: scales rounded to the operand type, then one rounding.
-            spread = jnp.repeat((scales / record.unit).astype(dtype), record.group, -1)
+            spread = jnp.repeat((scales / unit).astype(dtype), record.group, -1)
             values = values * spread.astype(jnp.float32)
             if record.offset and record.zero_rows:
-                offsets = jnp.repeat(offset_values(record, words).astype(dtype), record.group, -1)
+                offsets = (offset_values(record, words) / unit).astype(dtype)
+                offsets = jnp.repeat(offsets, record.group, -1)
                 values = values - offsets.astype(jnp.float32)
             starts = range(index * span, (index + 1) * span, depth)
             return [Tile(values[:, k : k + depth].astype(dtype), None) for k in starts]
@@ -63,7 +67,7 @@ def reference_decoder(record: Record, dtype: Any, depth: int, span: int, scaled:
         for group in range(first, first + max(1, span // record.group)):
             k = max(group * record.group // depth * depth, index * span)
             mine = lax.broadcasted_iota(jnp.int32, values.shape, 1) // record.group == group
-            operand = jnp.where(mine, values, 0)[:, k : k + depth]
+            operand = jnp.where(mine, values / unit, 0)[:, k : k + depth]
             tiles.append(Tile(operand.astype(dtype), scales[:, group]))
         return tiles
 
@@ -162,6 +166,8 @@ def device_decoder(record: Record, dtype: Any, depth: int, span: int, scaled: bo
             top = tops[0] if tops else None
             spans = SpanFactors(bits, record, scales, top, False, element)
             factors = [spans.spread(group) for group in range(groups)]
+            if record.fused and record.excess and is_bf16(element):
+                addends = [spans.excess(group) for group in range(groups)]
         if record.offset and not narrow:
             spans = SpanFactors(bits, record, zeros, tops[1], True, element)
             addends = [spans.spread(group) for group in range(groups)]

@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.experimental.mosaic.gpu import utils as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.record import CODES, E2M1, E2M1_BITS, E4M3, Record
 from pallas_kernels.registers import Bits, splat
@@ -15,10 +15,19 @@ from pallas_kernels.registers import Bits, splat
 # scale that multiplies them lifts them.
 LIFT = {"bf16": 126, "f16": 14}
 
+# A bf16 number with nothing but an integer below 256 in its low bits is that times 2**-133: from
+# 128 on it is no subnormal number any more, but its last place counts the same.
+BYTE = 133
+
 
 def is_bf16(element: ir.Type) -> bool:
     """Return whether an element type is bf16 (else it is f16)."""
     return element == ir.BF16Type.get()
+
+
+def fused(pair: ir.Value, factor: ir.Value, addend: ir.Value | None) -> ir.Value:
+    """Return pair * factor + addend, rounded once."""
+    return arith.mulf(pair, factor) if addend is None else llvm.intr_fma(pair, factor, addend)
 
 
 def _unsigned_to_pairs(
@@ -27,18 +36,22 @@ def _unsigned_to_pairs(
     words: tuple[ir.Value, ir.Value | None, int],
     half: int,
     far: int,
-    zero: ir.Value,
+    zero: ir.Value | None,
     element: ir.Type,
 ) -> ir.Value:
-    # The code becomes the low end of the mantissa of 128 (bf16) or 1024 (f16): exact.
-    word, high, index = words
-    magic = 0x43004300 if is_bf16(element) else 0x64006400
-    y = bits.pick(bits.right(word, 4 * (half + 2 * far)), 0x000F000F, magic)
-    if high is not None:
-        width = CODES[record.code].planes[1]
-        place = width * (4 * index + 2 * far + half)
-        moved = bits.right(high, place - 4) if place > 4 else bits.left(high, 4 - place)
-        y = bits.pick(moved, 0x00100010 if width == 1 else 0x00300030, y)
+    joined, second, index = words
+    if second is not None:
+        moved = bits.rotate_left(second, -record.rotation * index)
+        joined = bits.select(0xF0F0F0F0 if half else 0x0F0F0F0F, joined, moved)
+    width, place = sum(CODES[record.code].planes), record.place(half)
+    mask = 0x00010001 * ((1 << width) - 1)
+    if is_bf16(element):
+        y = bits.as_vector(bits.pick(bits.right(joined, 8 * far), mask << place), element)
+        # Exact: a sum of less than 8 bits.
+        return y if record.fused else fused(y, splat(element, 2.0 ** (127 - place)), zero)
+    # The code becomes the low end of the mantissa of 1024: exact.
+    y = bits.pick(bits.right(joined, 8 * far + place), mask, 0x64006400)
+    assert zero is not None
     return arith.subf(bits.as_vector(y, element), zero)
 
 
@@ -62,11 +75,11 @@ def _e2m1_to_pairs(bits: Bits, word: ir.Value, pair: int, element: ir.Type) -> i
 
 def _int8_to_pairs(bits: Bits, word: ir.Value, half: int, element: ir.Type) -> ir.Value:
     y = bits.right(word, 8 * half)
-    if element == ir.BF16Type.get():
-        # 7 bits fit the mantissa of 128; the sign bit turns the 128 that is subtracted into 256.
-        low = arith.ori(arith.andi(y, bits.mask(0x007F007F)), bits.const(0x43004300))
-        sign = arith.ori(arith.andi(y, bits.mask(0x00800080)), bits.const(0x43004300))
-        return arith.subf(bits.as_vector(low, element), bits.as_vector(sign, element))
+    if is_bf16(element):
+        # With its sign bit flipped the code is 128 too large, which the lifted byte can bear.
+        biased = arith.xori(arith.andi(y, bits.mask(0x00FF00FF)), bits.const(0x00800080))
+        lift = splat(element, 2.0**127)
+        return fused(bits.as_vector(biased, element), lift, splat(element, -128 * 2.0**-6))
     biased = arith.xori(arith.andi(y, bits.mask(0x00FF00FF)), bits.const(0x64806480))
     return arith.subf(bits.as_vector(biased, element), splat(element, 1024.0 + 128.0))
 
@@ -74,7 +87,7 @@ def _int8_to_pairs(bits: Bits, word: ir.Value, half: int, element: ir.Type) -> i
 def _e4m3_to_pairs(bits: Bits, word: ir.Value, half: int, element: ir.Type) -> ir.Value:
     # Move exponent and mantissa to their places and correct the exponent bias by a product,
     # which also normalises subnormal codes: exact.
-    bf16 = element == ir.BF16Type.get()
+    bf16 = is_bf16(element)
     y = word if half else bits.left(word, 8)
     body = bits.right(y, 4 if bf16 else 1)
     body = arith.andi(body, bits.mask(0x07F007F0 if bf16 else 0x3F803F80))
@@ -123,13 +136,15 @@ def operand_pair(
     zero: Any,
     element: ir.Type,
 ) -> ir.Value:
-    """Decode two codes to a pair of bf16 or f16.
+    """Decode two codes to a pair of bf16 or f16, in units of `Record.unit`.
+
+    Fused records: to the codes as they lie, times 2**-133.
 
     Args:
         bits: the arithmetic.
         record: format.
-        words: the word of the low plane, that of the high plane or None, and which of the low
-            words that share the latter it is.
+        words: the word of the first plane, that of the second or None, and which of the words
+            that share the latter it is.
         half: which half of the fragment, as in `Record.fields`.
         far: which codes of the low word, as in `Record.fields`.
         zero: the pair that `zero_operand` made.
@@ -178,12 +193,22 @@ def operand_bytes(
 def zero_operand(
     bits: Bits, record: Record, word: ir.Value | None, half: int, element: ir.Type
 ) -> ir.Value | None:
-    """Return what the decoding of unsigned codes subtracts, from a word of the zero point row."""
+    """Return what decoding unsigned codes subtracts (bf16: adds), from a word of the zero points.
+
+    None if nothing: fused records leave it to the addend of the scale.
+    """
     if record.operand == 8:
         return word and mgpu.prmt(word, word, bits.const(0x2222 if half else 0))
+    if is_bf16(element):
+        if record.fused:
+            return None
+        if word is None:
+            return splat(element, -record.excess * 2.0**-6)
+        # (128 + zero) / -64 + 2
+        pair = bits.as_vector(word, element)
+        pair = fused(pair, splat(element, -(2.0**-6)), splat(element, 2.0))
+        return vector.shuffle(pair, pair, [half, half])
     if word is None:
-        return splat(element, (128.0 if is_bf16(element) else 1024.0) + record.excess)
-    pair = bits.splat16(word, half)
-    if not is_bf16(element):  # from the bits of the bf16 128 to those of the f16 1024
-        pair = arith.xori(pair, bits.const(0x27002700))
-    return bits.as_vector(pair, element)
+        return splat(element, 1024.0 + record.excess)
+    # From the bits of the bf16 128 to those of the f16 1024.
+    return bits.as_vector(arith.xori(bits.splat16(word, half), bits.const(0x27002700)), element)

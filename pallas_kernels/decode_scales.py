@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, vector
 
-from pallas_kernels.decode_codes import LIFT, is_bf16
+from pallas_kernels.decode_codes import BYTE, LIFT, fused, is_bf16
 from pallas_kernels.record import CHANNELS, E8M0, Record
-from pallas_kernels.registers import Bits, splat
+from pallas_kernels.registers import Bits, constants, splat
 
 
 def row_scales(bits: Bits, record: Record, rows: list[ir.Value]) -> list[ir.Value]:
@@ -66,8 +67,10 @@ def _float8_pair(
 ) -> ir.Value:
     # The bits of the scale become the low exponent and high mantissa bits: its value but for a
     # power of two, which is multiplied in together with the one that e2m1 codes lack.
-    power = -int(math.log2(record.unit))
-    power += LIFT["bf16" if is_bf16(element) else "f16"] if record.is_e2m1 else 0
+    power = 0
+    if record.is_e2m1:
+        power = LIFT["bf16" if is_bf16(element) else "f16"]
+        power -= int(math.log2(record.unit(jnp.bfloat16 if is_bf16(element) else jnp.float16)))
     if record.scale_dtype == E8M0:
         moved = bits.rotate_left(word, -8 * odd)
         return _lifted(bits.as_vector(bits.pick(moved, 0x7F807F80), element), power, element)
@@ -76,6 +79,13 @@ def _float8_pair(
         return _lifted(bits.as_vector(body, element), power + 120, element)
     body = bits.pick(bits.rotate_left(word, 3 - 8 * odd), 0x3F803F80)
     return _lifted(bits.as_vector(body, element), power + 8, element)
+
+
+def _integer_body(bits: Bits, word: ir.Value, odd: int) -> ir.Value:
+    """Return the low 7 bits of integer scales as the low end of the mantissa of the bf16 128."""
+    return bits.as_vector(
+        bits.pick(bits.right(word, 8 * odd), 0x007F007F, 0x43004300), ir.BF16Type.get()
+    )
 
 
 def _integer_pair(
@@ -91,7 +101,7 @@ def _integer_pair(
         return arith.subf(
             bits.as_vector(body, element), splat(element, 1152.0 if signed else 1024.0)
         )
-    body = bits.as_vector(bits.pick(moved, 0x007F007F, 0x43004300), element)
+    body = _integer_body(bits, word, odd)
     if not signed:
         return arith.subf(body, splat(element, 128.0))
     sign = bits.pick(moved, 0x00800080, 0x43004300)  # turns the 128 to subtract into 256
@@ -106,7 +116,7 @@ class SpanFactors:
         record: format.
         rows: words of the rows of all groups of the span, of scales or of offsets.
         top: the word of the super-scale row, or None.
-        negated: whether to change the sign, which is free with a super-scale.
+        addend: whether these are offsets, which are to be subtracted.
         element: bf16 or f16.
     """
 
@@ -116,23 +126,34 @@ class SpanFactors:
         record: Record,
         rows: list[ir.Value],
         top: ir.Value | None,
-        negated: bool,
+        addend: bool,
         element: ir.Type,
     ) -> None:
         self.bits, self.record, self.rows, self.element = bits, record, rows, element
-        self.top = None
-        if top is not None:
-            top = arith.xori(top, bits.const(0x80008000)) if negated else top
-            self.top = _converted(bits.as_vector(top, ir.F16Type.get()), element)
+        self.top = self.base = None
+        if top is None:
+            return
+        self.top = _converted(bits.as_vector(top, ir.F16Type.get()), element)
+        if record.fused and is_bf16(element):
+            unit = record.unit(jnp.bfloat16)
+            lifts = [2.0 ** (BYTE - record.place(half)) / unit for half in range(2)]
+            lifts = [-1 / unit] * 2 if addend else lifts
+            self.top = arith.mulf(self.top, constants(element, *lifts))
+            # (128 + scale) * top - 128 * top is rounded once, and 128 * top not at all.
+            self.base = arith.mulf(self.top, splat(element, -128.0))
+        elif addend:
+            self.top = arith.negf(self.top)
 
     def pair(self, group: int) -> ir.Value:
         """Return the factors of channels r and r + 8 for a group."""
         bits, record, element = self.bits, self.record, self.element
         if record.scale_bits == 8:
             word, odd = self.rows[group // 2], group % 2
-            if self.top is not None:
-                return arith.mulf(_integer_pair(bits, record, word, odd, element), self.top)
-            return _float8_pair(bits, record, word, odd, element)
+            if self.top is None:
+                return _float8_pair(bits, record, word, odd, element)
+            if self.base is not None and record.scale_dtype == "uint8":
+                return fused(_integer_body(bits, word, odd), self.top, self.base)
+            return arith.mulf(_integer_pair(bits, record, word, odd, element), self.top)
         if record.scale_bits == 32:
             wide = ir.VectorType.get((2,), ir.F32Type.get())
             both = row_scales(bits, record, self.rows[2 * group : 2 * group + 2])
@@ -142,10 +163,15 @@ class SpanFactors:
 
     def spread(self, group: int) -> list[ir.Value]:
         """Return the factor of channel r, and that of channel r + 8, each twice."""
-        pair = self.pair(group)
-        return [vector.shuffle(pair, pair, [half, half]) for half in range(2)]
+        return _spread(self.pair(group))
+
+    def excess(self, group: int) -> list[ir.Value]:
+        """Return what the factor makes of the excess of fused codes, negated and spread."""
+        excess, places = self.record.excess, [self.record.place(half) for half in range(2)]
+        lifted = [-excess * 2.0 ** (place - BYTE) for place in places]
+        return _spread(arith.mulf(self.pair(group), constants(self.element, *lifted)))
 
 
-def fused(pair: ir.Value, factor: ir.Value, addend: ir.Value | None) -> ir.Value:
-    """Return pair * factor + addend, rounded once."""
-    return arith.mulf(pair, factor) if addend is None else llvm.intr_fma(pair, factor, addend)
+def _spread(pair: ir.Value) -> list[ir.Value]:
+    """Return the low value of a pair twice, and the high one twice."""
+    return [vector.shuffle(pair, pair, [half, half]) for half in range(2)]

@@ -107,13 +107,29 @@ class Record:
 
     @property
     def shifts(self) -> jax.Array:
-        """Bit positions of the codes of a word, [half, far, near] uint32."""
+        """Bit positions of the first plane in a word, [half, far, near] uint32."""
         _, far, near = self.fields
         width = CODES[self.code].planes[0]
         shape = (2, far, near)
         # Made of iotas, since a kernel body cannot capture an array.
         half, outer, inner = (lax.broadcasted_iota(jnp.uint32, shape, i) for i in range(3))
         return width * (half + 2 * outer) + 32 // near * inner
+
+    def place(self, half: int) -> int:
+        """Return by how much codes of a half lie left of the low end of the byte that holds them.
+
+        Only for codes of less than 8 bits and 16-bit operands.
+        """
+        return half * (4 - sum(CODES[self.code].planes[1:]))
+
+    @property
+    def rotation(self) -> int:
+        """Bits by which a word of the second plane is rotated right from one low word to the next.
+
+        Of codes of two planes, half 0 has its low 4 bits in the first plane, half 1 its high 4; so
+        a 16 bit half of a word holds both, next to their other bits, in bits 0 .. 7.
+        """
+        return 2 * CODES[self.code].planes[-1]
 
     @property
     def excess(self) -> int:
@@ -176,13 +192,27 @@ class Record:
         return self.scale_bits in (0, 8) or self.offset
 
     @property
-    def unit(self) -> float:
-        """What one of a decoded operand with rounded scales counts.
+    def fused(self) -> bool:
+        """Whether one multiply-add of 16-bit floats can scale an unsigned code and offset it.
 
-        Other than 1 for e2m1, so that its scales, which also lift the codes from the subnormal
-        numbers, stay finite: e4m3 scales in any case, e8m0 scales up to 2**33.
+        A zero point times its scale would have to be rounded first; the excess, a power of two,
+        need not be.
         """
-        return {E4M3: 2.0**9, E8M0: 2.0**32}.get(self.scale_dtype, 1.0) if self.is_e2m1 else 1.0
+        return self.product and not self.zero and self.code in ("uint4", "uint5", "uint6")
+
+    def unit(self, dtype: jax.typing.DTypeLike) -> float:
+        """Return what one of a decoded 16-bit operand counts.
+
+        Codes lie in the subnormal numbers at first, from which a multiplication lifts them.  It
+        lifts e2m1 codes together with their scale, and so that scales stay finite: e4m3 ones in any
+        case, e8m0 ones up to 2**33.  In bf16 it lifts integer codes too, alone by all that one
+        multiplication can, or with a product of scales, which then is finite in any case.
+        """
+        if self.is_e2m1:
+            return {E4M3: 2.0**9, E8M0: 2.0**32}.get(self.scale_dtype, 1.0)
+        if self.operand == 8 or self.code == E4M3 or dtype != jnp.bfloat16:
+            return 1.0
+        return 2.0**32 if self.fused else 2.0**6
 
     @property
     def is_e2m1(self) -> bool:

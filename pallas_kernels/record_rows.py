@@ -21,7 +21,7 @@ from pallas_kernels.record import (
 
 
 def _plane_shape(record: Record, plane: int) -> tuple[int, ...]:
-    """Shape of a high plane's words: (span, warp, r, t, word of a thread in a span)."""
+    """Shape of a second plane's words: (span, warp, r, t, word of a thread in a span)."""
     words = DEPTH * CHANNELS * CODES[record.code].planes[plane] // 32 // 128
     return 2, 4, 8, 4, words // 2
 
@@ -49,7 +49,9 @@ def read_codes(record: Record, words: jax.Array) -> jax.Array:
     codes = words[..., None, None, None] >> record.shifts  # ..., half, far, near
     codes = codes & (255 if CODES[record.code].planes[0] == 8 else 15)
     if len(record.plane_rows) > 1:
-        codes = codes | _read_high(record, all_words[..., first:, :]) << 4
+        width = CODES[record.code].planes[1]
+        second = _read_second(record, all_words[..., first:, :])
+        codes = _by_half(codes | second << 4, codes << width | second)
     codes = codes.transpose(0, 2, 6, 3, 1, 5, 7, 4, 8)
     return codes.reshape(*lead, CHANNELS, DEPTH).astype(jnp.uint8)
 
@@ -60,39 +62,51 @@ def write_codes(record: Record, codes: jax.Array) -> jax.Array:
     count, far, near = record.fields
     fields = codes.reshape(-1, 4, 2, 8, count // 4, 4, far, 4, near).astype(jnp.uint32)
     fields = fields.transpose(0, 4, 1, 3, 7, 5, 2, 6, 8)
-    low = fields if CODES[record.code].planes[0] == 8 else fields & 15
-    words = (low << record.shifts).sum((-3, -2, -1), dtype=jnp.uint32)
+    if len(record.plane_rows) == 1:
+        first, seconds = fields, []
+    else:
+        width = CODES[record.code].planes[1]
+        first = _by_half(fields & 15, fields >> width)
+        second = _write_second(record, _by_half(fields >> 4, fields & ((1 << width) - 1)))
+        seconds = [second.reshape(*lead, record.plane_rows[1], WORDS)]
+    words = (first << record.shifts).sum((-3, -2, -1), dtype=jnp.uint32)
     words = _permuted(words, inverse=False) if record.is_e2m1 else words
-    rows = [words.reshape(*lead, record.plane_rows[0], WORDS)]
-    if len(record.plane_rows) > 1:
-        rows.append(_write_high(record, fields >> 4).reshape(*lead, record.plane_rows[1], WORDS))
+    rows = [words.reshape(*lead, record.plane_rows[0], WORDS), *seconds]
     return lax.bitcast_convert_type(jnp.concatenate(rows, -2), jnp.int32)
 
 
-def _high_shifts(record: Record) -> tuple[tuple[int, ...], jax.Array]:
-    """Fields and bit positions of a high plane's word, [low word, half, far, near].
+def _by_half(even: jax.Array, odd: jax.Array) -> jax.Array:
+    """Take half 0 of one array and half 1 of another, [..., half, far, near]."""
+    half = lax.broadcasted_iota(jnp.int32, even.shape, even.ndim - 3)
+    return jnp.where(half == 0, even, odd)
 
-    The four low words of a span share the words of its high plane; each 16 bit half holds the codes
-    of one `near` in the order (low word, far, half), so that both halves are shifted alike.
+
+def _second_shifts(record: Record) -> tuple[tuple[int, ...], jax.Array]:
+    """Fields and bit positions of a second plane's word, [low word, half, far, near].
+
+    A rotation brings what belongs to a word of the first plane to both its halves: the high bits of
+    the codes of half 0 above the first plane's low ones, the low bits of those of half 1 below the
+    first plane's high ones.
     """
     width = CODES[record.code].planes[1]
     shape = (2 * 2 // width, 2, 2, 2)
-    low, half, far, near = (lax.broadcasted_iota(jnp.uint32, shape, i) for i in range(4))
-    return shape, width * (4 * low + 2 * far + half) + 16 * near
+    word, half, far, near = (lax.broadcasted_iota(jnp.uint32, shape, i) for i in range(4))
+    place = jnp.where(half == 0, 4, 4 - width).astype(jnp.uint32) + 8 * far + 16 * near
+    return shape, (place + record.rotation * word) % 32
 
 
-def _read_high(record: Record, words: jax.Array) -> jax.Array:
-    """Return the high bits as [n, word / 4, warp, r, t, word % 4, half, far, near]."""
-    shape, shifts = _high_shifts(record)
+def _read_second(record: Record, words: jax.Array) -> jax.Array:
+    """Return the second plane as [n, word / 4, warp, r, t, word % 4, half, far, near]."""
+    shape, shifts = _second_shifts(record)
     words = words.reshape(-1, *_plane_shape(record, 1))
-    high = words[..., None, None, None, None] >> shifts
-    high = high & ((1 << CODES[record.code].planes[1]) - 1)
-    return high.reshape(*words.shape[:-1], 4, *shape[1:])
+    bits = words[..., None, None, None, None] >> shifts
+    bits = bits & ((1 << CODES[record.code].planes[1]) - 1)
+    return bits.reshape(*words.shape[:-1], 4, *shape[1:])
 
 
-def _write_high(record: Record, fields: jax.Array) -> jax.Array:
-    """Return the words of the high bits, given as `_read_high` returns them."""
-    shape, shifts = _high_shifts(record)
+def _write_second(record: Record, fields: jax.Array) -> jax.Array:
+    """Return the words of the second plane, given as `_read_second` returns it."""
+    shape, shifts = _second_shifts(record)
     fields = fields.reshape(*fields.shape[:5], -1, *shape)
     return (fields << shifts).sum((-4, -3, -2, -1), dtype=jnp.uint32)
 

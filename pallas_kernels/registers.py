@@ -65,13 +65,25 @@ class Bits:
         )
         return joined
 
+    def select(self, mask: int, x: ir.Value, other: ir.Value) -> ir.Value:
+        """Return the masked bits of a word and the other bits of another: one instruction."""
+        operands: list[Any] = [self.mask(mask), x, other]
+        joined: Any = llvm.inline_asm(
+            self.i32, operands, "lop3.b32 $0, $1, $2, $3, 0xCA;", "=r,r,r,r"
+        )
+        return joined
+
 
 def splat(element: ir.Type, value: float) -> ir.Value:
+    """Return a pair of one constant."""
+    return constants(element, value, value)
+
+
+def constants(element: ir.Type, low: float, high: float) -> ir.Value:
     """Return a pair of constants."""
     pair = ir.VectorType.get((2,), element)
-    return arith.constant(
-        pair, ir.DenseElementsAttr.get_splat(pair, ir.FloatAttr.get(element, value))
-    )
+    values = [ir.FloatAttr.get(element, value) for value in (low, high)]
+    return arith.constant(pair, ir.DenseElementsAttr.get(values, pair))
 
 
 def words_of(array: Any) -> list[ir.Value]:

@@ -27,7 +27,10 @@ from pallas_kernels.record import CHANNELS, DEPTH, Record
 from pallas_kernels.stream_config import StreamConfig
 from pallas_kernels.tiles import guarded, scale_rows, slot
 
-# Values of k decoded at a time: one fragment is filled while the tensor cores work on the other.
+# Values of k decoded at a time: one fragment is filled while the tensor cores work on the other.  Two
+# of them in turn are what lets a product run on into the next round of a loop: ptxas keeps registers
+# that a wgmma still reads apart from others within straight code only, and with one fragment a round
+# the next would overwrite them.
 HALF = 64
 
 
@@ -79,7 +82,7 @@ def add_steps(
         feed: where records and activations come from.
     """
     c, shared, width = config, config.ring > 0, config.stage
-    depth = product_depth(record, x_dtype, rounded)
+    depth, unit = product_depth(record, x_dtype, rounded), record.unit(x_dtype)
     make_decoder = reference_decoder if interpret else device_decoder
     decode = make_decoder(record, x_dtype, depth, HALF, rounded)
     acc_dtype = jnp.int32 if x_dtype == jnp.int8 else jnp.float32
@@ -159,11 +162,12 @@ def add_steps(
         adder.wait(0)
         read = [adder.read(acc, at, at + width) for at in range(0, c.bm, width)]
         read = [piece.astype(jnp.float32) for piece in read]
-        return read if record.unit == 1 else [piece * record.unit for piece in read]
+        return read if unit == 1 else [piece * unit for piece in read]
 
     if rounded:
         return adder.scoped(1, run_rounded)
     blank = jnp.zeros((CHANNELS, c.bm), jnp.float32)
     if not interpret:
         blank = plgpu.layout_cast(blank, plgpu.Layout.WGMMA)
-    return [lax.fori_loop(0, feed.steps, exact_step, blank)]
+    sums = lax.fori_loop(0, feed.steps, exact_step, blank)
+    return [sums if unit == 1 else sums * unit]
