@@ -27,10 +27,10 @@ from pallas_kernels.record import CHANNELS, DEPTH, Record
 from pallas_kernels.stream_config import StreamConfig
 from pallas_kernels.tiles import guarded, scale_rows, slot
 
-# Values of k decoded at a time: one fragment is filled while the tensor cores work on the other.  Two
-# of them in turn are what lets a product run on into the next round of a loop: ptxas keeps registers
-# that a wgmma still reads apart from others within straight code only, and with one fragment a round
-# the next would overwrite them.
+# Values of k decoded at a time: one fragment is filled while the tensor cores work on the other.
+# Two of them in turn are what lets a product run on into the next round of a loop: ptxas keeps
+# registers that a wgmma still reads apart from others within straight code only, and with one
+# fragment a round the next would overwrite them.
 HALF = 64
 
 
