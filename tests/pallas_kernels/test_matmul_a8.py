@@ -11,7 +11,7 @@ from a8_cases import LAYOUTS, TOKENS, Case
 from covering import covering, values_of
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import KernelError, a8_prefill, promote, xla
+from pallas_kernels import KernelError, a8_prefill_sums, promote, xla
 from pallas_kernels.a8_decode_configs import DecodeConfig
 from pallas_kernels.a8_prefill_configs import PrefillConfig
 from pallas_kernels.matmul_a8 import A8_KERNELS, a8_problem, matmul_a8
@@ -133,7 +133,7 @@ def test_one_block_makes_many_tiles(interpret, scales):
 @pytest.mark.interpret
 def test_a_product_with_the_scales_of_another_step_is_noticed(interpret, monkeypatch):
     """Negative control: two products are under way, and each must meet its own scales."""
-    sum_steps = a8_prefill.sum_steps
+    sum_steps = a8_prefill_sums.sum_steps
 
     def mixed_up(start, *args, **kwargs):
         def late(i, s):
@@ -142,7 +142,7 @@ def test_a_product_with_the_scales_of_another_step_is_noticed(interpret, monkeyp
 
         return sum_steps(late, *args, **kwargs)
 
-    monkeypatch.setattr(a8_prefill, "sum_steps", mixed_up)
+    monkeypatch.setattr(a8_prefill_sums, "sum_steps", mixed_up)
     matmul_a8.clear_cache()
     case, config = NARROW
     operands = case.operands()
@@ -154,7 +154,7 @@ def test_a_product_with_the_scales_of_another_step_is_noticed(interpret, monkeyp
 @pytest.mark.interpret
 def test_a_slot_given_back_before_its_product_is_finished_is_noticed(interpret, monkeypatch):
     """Negative control: the race detector must see a refill of what is still being read."""
-    sum_steps = a8_prefill.sum_steps
+    sum_steps = a8_prefill_sums.sum_steps
 
     def hasty(start, *args, ring, **kwargs):
         def begin(i, s):
@@ -163,7 +163,7 @@ def test_a_slot_given_back_before_its_product_is_finished_is_noticed(interpret, 
 
         return sum_steps(begin, *args, ring=ring, **kwargs)
 
-    monkeypatch.setattr(a8_prefill, "sum_steps", hasty)
+    monkeypatch.setattr(a8_prefill_sums, "sum_steps", hasty)
     monkeypatch.setattr(promote, "release", lambda *_: None)
     matmul_a8.clear_cache()
     case, config = NARROW
