@@ -39,7 +39,8 @@ def xla_matmul_a16(
     """Do what `matmul_a16` does; the weight is dequantized to the type of x."""
     problem = a16_problem(x, weight, bias=bias, perm=perm, out_dtype=out_dtype)
     if perm is not None:
-        x = jnp.take(x, perm, axis=1)
+        # XLA's CPU compiler fails on a dot of bfloat16 whose operand is a gather: keep apart.
+        x = lax.optimization_barrier(jnp.take(x, perm, axis=1))
     y = _dot(x, dequantize(weight).astype(x.dtype))
     y = y if bias is None else y + bias.astype(jnp.float32)
     return y.astype(problem.out_dtype)

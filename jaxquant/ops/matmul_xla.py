@@ -100,7 +100,7 @@ def _gather(act: ExactCodes, perm: jax.Array) -> ExactCodes:
 
 def _weight_only(x: jax.Array, q: QTensor, in_axis: int) -> jax.Array:
     if q.perm is not None:
-        # jax 0.11's CPU compiler fails on a dot of bfloat16 whose operand is a gather: keep apart.
+        # XLA's CPU compiler fails on a dot of bfloat16 whose operand is a gather: keep apart.
         x = lax.optimization_barrier(jnp.take(x, q.perm, axis=-1))
         q = dataclasses.replace(q, perm=None)
     if not _epilogue(q):
