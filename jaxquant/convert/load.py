@@ -20,7 +20,7 @@ from jaxquant.arguments import float_dtype, instance, path_of
 from jaxquant.convert.gguf_tokenizer import read_tokenizer
 from jaxquant.convert.item import Item
 from jaxquant.convert.name_map import NameMap
-from jaxquant.convert.placement import placer
+from jaxquant.convert.placement import automatic, placer
 from jaxquant.convert.plan_file import read_plan
 from jaxquant.convert.progress import byte_progress
 from jaxquant.convert.read_gguf import open_gguf
@@ -131,7 +131,7 @@ def from_pretrained(
     """
     path = path_of("path", path)
     if mesh is not None:
-        instance("mesh", mesh, Mesh, "a jax.sharding.Mesh is needed")
+        mesh = automatic(instance("mesh", mesh, Mesh, "a jax.sharding.Mesh is needed"))
     if dtype is not None:
         dtype = float_dtype("dtype", dtype)
     place = placer(mesh)

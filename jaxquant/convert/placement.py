@@ -22,6 +22,15 @@ _SPLIT_OUT = re.compile(r"\.(q_proj|k_proj|v_proj|q_b_proj|kv_b_proj|gate_proj|u
 _SPLIT_IN = re.compile(r"\.(o_proj|down_proj)$")
 
 
+def automatic(mesh: Mesh) -> Mesh:
+    """The same devices under the same names, with shardings that the compiler propagates.
+
+    Axes of ``jax.make_mesh`` are explicit by default: there every matmul and scatter of a model
+    would have to say how its result is split.
+    """
+    return Mesh(mesh.devices, mesh.axis_names)
+
+
 def rules_for(mesh: Mesh) -> ShardingRules:
     """Logical axes to mesh axes, which are known by their names."""
     tensor = next((name for name in _TENSOR_AXES if name in mesh.shape), None)

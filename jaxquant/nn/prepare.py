@@ -19,7 +19,14 @@ from jaxquant.nn.moe import PROJECTIONS, Experts
 from jaxquant.ops.prepared import Prepared, prepare, unprepare
 from jaxquant.ops.prepared_bank import join_banks, prepare_bank, split_bank, unprepare_bank
 from jaxquant.ops.sharded import Sharded, shard, unshard
-from jaxquant.ops.sharded_bank import bank_gains, one_order, over_parts, shard_bank, unshard_bank
+from jaxquant.ops.sharded_bank import (
+    bank_gains,
+    join_shards,
+    one_order,
+    shard_bank,
+    split_shards,
+    unshard_bank,
+)
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -171,7 +178,7 @@ def _shard_experts(experts: Experts, banks: list[Any]) -> None:
     cut = [made for bank in banks if (made := shard_bank(bank)) is not None]
     if len(cut) < len(banks) or not one_order(cut, banks) or not any(map(bank_gains, cut)):
         return
-    both = over_parts(join_banks, *cut[:2])
+    both = join_shards(cut[0], cut[1])
     if both is not None:
         experts.gate_up_proj = nnx.data(QWeight(both))
         experts.gate_proj, experts.up_proj = nnx.static(None), nnx.static(None)
@@ -182,10 +189,7 @@ def _shard_experts(experts: Experts, banks: list[Any]) -> None:
 def _unprepare_experts(experts: Experts) -> None:
     if experts.gate_up_proj is not None:
         both = experts.gate_up_proj.get_value()
-        if isinstance(both, Sharded):
-            gate, up = (over_parts(lambda bank, i=i: split_bank(bank)[i], both) for i in range(2))
-        else:
-            gate, up = split_bank(both)
+        gate, up = split_shards(both) if isinstance(both, Sharded) else split_bank(both)
         experts.gate_up_proj = nnx.static(None)
         experts.gate_proj, experts.up_proj = nnx.data(QWeight(gate)), nnx.data(QWeight(up))
     for variable in _projections(experts):

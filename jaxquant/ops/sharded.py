@@ -191,26 +191,53 @@ def _gains(part: QTensor) -> bool:
 
 
 def stacked(depth: int, part: Any) -> Any:
+    """Inverse of :func:`own`."""
     return jax.tree.map(lambda leaf: leaf.reshape((1,) * depth + leaf.shape), part)
 
 
-def cut(
-    value: Any, specs: Any, mesh: Mesh, placements: tuple[Placement, ...], order: Callable
-) -> Sharded:
-    """Cut a value as it lies, and bring every part into kernel order on its device."""
-    whole = Sharded(None, mesh, placements)
+# Here and below jit is given functions of the module and static facts, never a closure: equal
+# layers of a model are compiled once.
+@functools.partial(jax.jit, static_argnames=("mesh", "placements", "order"))
+def _cut(
+    values: tuple[QTensor, ...],
+    mesh: Mesh,
+    placements: tuple[Placement, ...],
+    order: Callable[[tuple[QTensor, ...]], Any],
+) -> Any:
+    cuts = Sharded(None, mesh, placements).cuts
 
-    def local(part: Any) -> Any:
-        return stacked(len(whole.cuts), order(part))
+    def local(parts: tuple[QTensor, ...]) -> Any:
+        return stacked(len(cuts), order(parts))
 
-    made = jax.shard_map(
+    specs = tuple(place.specs(q) for q, place in zip(values, placements, strict=True))
+    return jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(specs,),
-        out_specs=PartitionSpec(*whole.cuts),
+        out_specs=PartitionSpec(*cuts),
         check_vma=False,
-    )
-    return dataclasses.replace(whole, parts=jax.jit(made)(value))
+    )(values)
+
+
+def cut(
+    values: tuple[QTensor, ...],
+    mesh: Mesh,
+    placements: tuple[Placement, ...],
+    order: Callable[[tuple[QTensor, ...]], Any],
+) -> Sharded:
+    """Cut values as they lie, and bring every device's parts into kernel order there.
+
+    Args:
+        values: a weight, or the runs of a bank.
+        mesh: where they lie.
+        placements: of each.
+        order: of one device's parts of all of them; a function of a module, equal for equal work.
+    """
+    return Sharded(_cut(values, mesh, placements, order), mesh, placements)
+
+
+def _prepare_one(parts: tuple[QTensor, ...]) -> QTensor | Prepared:
+    return prepare(parts[0])
 
 
 def shard(q: QTensor) -> QTensor | Sharded:
@@ -222,31 +249,34 @@ def shard(q: QTensor) -> QTensor | Sharded:
     if found is None or q.lead or not _gains(part_of(q, *found)):
         return q
     mesh, placement = found
-    return cut(q, placement.specs(q), mesh, (placement,), prepare)
+    return cut((q,), mesh, (placement,), _prepare_one)
+
+
+def _unprepare_one(part: QTensor | Prepared) -> tuple[QTensor, ...]:
+    return (unprepare(part) if isinstance(part, Prepared) else part,)
 
 
 def unshard(weight: Sharded) -> QTensor:
     """Exact inverse of :func:`shard`, onto the same mesh."""
-
-    def whole(part: Any) -> QTensor:
-        return unprepare(part) if isinstance(part, Prepared) else part
-
-    out = weight.placement.specs(jax.eval_shape(whole, weight.part))
-    return join(weight, whole, out)
+    return join(weight, _unprepare_one)[0]
 
 
-def join(value: Sharded, whole: Callable, specs: Any) -> Any:
+@functools.partial(jax.jit, static_argnames="whole")
+def join(value: Sharded, whole: Callable[[Any], tuple[QTensor, ...]]) -> tuple[QTensor, ...]:
+    """Exact inverse of :func:`cut`; ``whole`` is that of its ``order``."""
+
     def local(parts: Any) -> Any:
         return whole(own(len(value.cuts), parts))
 
-    made = jax.shard_map(
+    made = jax.eval_shape(whole, value.part)
+    specs = tuple(place.specs(q) for q, place in zip(made, value.placements, strict=True))
+    return jax.shard_map(
         local,
         mesh=value.mesh,
         in_specs=(PartitionSpec(*value.cuts),),
         out_specs=specs,
         check_vma=False,
-    )
-    return jax.jit(made)(value.parts)
+    )(value.parts)
 
 
 def rows_axes(value: Sharded, rows: int) -> tuple[str, ...] | None:

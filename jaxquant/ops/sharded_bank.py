@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,8 +15,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxquant.arrays.bank import ExpertBank, Run
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.ops.grouped_kernels import grouped_candidates
-from jaxquant.ops.prepared_bank import prepare_bank, unprepare_bank
-from jaxquant.ops.sharded import Placement, Sharded, cut, join, own, part_of, placement_of, stacked
+from jaxquant.ops.prepared_bank import join_banks, prepare_bank, split_bank, unprepare_bank
+from jaxquant.ops.sharded import Placement, Sharded, cut, join, own, placement_of, stacked
 
 
 def _runs_of(counts: Sequence[int]) -> tuple[Run, ...]:
@@ -34,25 +35,20 @@ def shard_bank(bank: ExpertBank) -> Sharded | None:
     if len(known) < len(bank.parts) or len({mesh for mesh, _ in known}) != 1:
         return None
     mesh, placements = known[0][0], tuple(placement for _, placement in known)
-    parts = [part_of(q, mesh, place) for q, place in zip(bank.parts, placements, strict=True)]
-    local = ExpertBank((), _runs_of([part.lead[0] for part in parts]))
+    return cut(tuple(bank.parts), mesh, placements, _prepare_runs)
 
-    def order(parts: tuple[QTensor, ...]) -> ExpertBank:
-        return prepare_bank(dataclasses.replace(local, parts=parts))
 
-    specs = tuple(place.specs(q) for q, place in zip(bank.parts, placements, strict=True))
-    return cut(bank.parts, specs, mesh, placements, order)
+def _prepare_runs(parts: tuple[QTensor, ...]) -> ExpertBank:
+    return prepare_bank(ExpertBank(parts, _runs_of([part.lead[0] for part in parts])))
+
+
+def _unprepare_runs(bank: ExpertBank) -> tuple[QTensor, ...]:
+    return unprepare_bank(bank).parts
 
 
 def unshard_bank(bank: Sharded) -> ExpertBank:
     """Exact inverse of :func:`shard_bank`, onto the same mesh."""
-
-    def whole(part: ExpertBank) -> tuple[QTensor, ...]:
-        return unprepare_bank(part).parts
-
-    local = jax.eval_shape(whole, bank.part)
-    specs = tuple(place.specs(q) for q, place in zip(local, bank.placements, strict=True))
-    parts = join(bank, whole, specs)
+    parts = join(bank, _unprepare_runs)
     return ExpertBank(parts, _runs_of([part.lead[0] for part in parts]))
 
 
@@ -87,25 +83,30 @@ def one_order(cut: Sequence[Sharded], banks: Sequence[ExpertBank]) -> bool:
     return len(set(experts)) == 1 and len({bank.runs for bank in banks}) == 1
 
 
-def over_parts(function: Callable[..., Any], *values: Sharded) -> Any:
-    """Apply a function to the parts of each device, of values that are cut over the same axes.
-
-    Returns:
-        What the function makes, None or a Sharded like the first of ``values``.
-    """
-    first, depth = values[0], len(values[0].cuts)
-    if jax.eval_shape(function, *(value.part for value in values)) is None:
-        return None
-    specs = PartitionSpec(*first.cuts)
+@functools.partial(jax.jit, static_argnames="function")
+def _over_parts(function: Callable[..., Any], values: tuple[Sharded, ...]) -> Any:
+    first = values[0]
+    specs, depth = PartitionSpec(*first.cuts), len(first.cuts)
 
     def local(*parts: Any) -> Any:
         return stacked(depth, function(*(own(depth, part) for part in parts)))
 
-    apply = jax.shard_map(
+    return jax.shard_map(
         local, mesh=first.mesh, in_specs=(specs,) * len(values), out_specs=specs, check_vma=False
-    )
-    made = jax.jit(apply)(*(value.parts for value in values))
-    return dataclasses.replace(first, parts=made)
+    )(*(value.parts for value in values))
+
+
+def join_shards(gate: Sharded, up: Sharded) -> Sharded | None:
+    """:func:`join_banks` on every device, of banks that are cut over the same axes."""
+    if jax.eval_shape(join_banks, gate.part, up.part) is None:
+        return None
+    return dataclasses.replace(gate, parts=_over_parts(join_banks, (gate, up)))
+
+
+def split_shards(both: Sharded) -> tuple[Sharded, Sharded]:
+    """Exact inverse of :func:`join_shards`."""
+    gate, up = _over_parts(split_bank, (both,))
+    return dataclasses.replace(both, parts=gate), dataclasses.replace(both, parts=up)
 
 
 def local_positions(runs: Sequence[Run], placements: Sequence[Placement], mesh: Mesh) -> np.ndarray:

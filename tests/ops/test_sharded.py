@@ -17,8 +17,9 @@ from jaxquant.convert.placement import sharding_of
 from jaxquant.errors import LayoutError
 from jaxquant.nn.moe import PROJECTIONS, Experts
 from jaxquant.nn.prepare import is_prepared, prepare_model, unprepare_model
+from jaxquant.ops import sharded
 from jaxquant.ops.activations import QActivation, as_rows, quantize_activation
-from jaxquant.ops.prepared import Prepared
+from jaxquant.ops.prepared import Prepared, prepare
 from jaxquant.ops.sharded import Sharded, shard, unshard
 from jaxquant.ops.sharded_bank import local_positions, shard_bank, unshard_bank
 from jaxquant.transforms.experts import bank_experts, plan_experts
@@ -90,6 +91,34 @@ def test_every_device_multiplies_with_its_part(scheme, axis):
     if axis != "none":
         wrong = dataclasses.replace(made, parts=jax.tree.map(lambda leaf: leaf[::-1], made.parts))
         assert error(jq.matmul(x, wrong), want) > 0.5
+
+
+def test_equal_layers_are_compiled_once(monkeypatch):
+    traced = []
+
+    def counted(q):
+        traced.append(q.shape)
+        return prepare(q)
+
+    monkeypatch.setattr(sharded, "prepare", counted)
+    # A shape of its own: others may be compiled already.
+    layers = [
+        placed(kind("w4a16_g128", (256, 384), seed), "mlp.up_proj", mesh_of(tp=2))
+        for seed in range(3)
+    ]
+    made = [shard(q) for q in layers]
+    assert traced == [(128, 384)]
+    assert error(jq.matmul(rows(2, 384), made[2]), jq.matmul(rows(2, 384), layers[2])) < 2e-6
+
+
+def test_a_bias_is_added_once():
+    q, x = kind("w4a16_g128"), rows(4)
+    bias = jnp.arange(OUT, dtype=jnp.float32) * 100
+    want = jq.Linear(q, bias)(x)
+    for path in ("mlp.up_proj", "mlp.down_proj"):
+        made = jq.Linear(shard(placed(q, path, mesh_of(dp=2, tp=2))), bias)
+        assert error(made(x), want) < 2e-6
+        assert error(nnx.jit(made)(x), want) < 2e-6
 
 
 def test_what_is_not_cut_for_kernels_stays_as_it_is():
