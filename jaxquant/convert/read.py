@@ -28,7 +28,7 @@ from jaxquant.convert.read_experts import (
 from jaxquant.convert.read_gguf import read_gguf_quantized
 from jaxquant.convert.read_kv import kv_scales as kv_scales
 from jaxquant.errors import FormatError, LayoutError, within
-from jaxquant.formats import detect
+from jaxquant.formats import FORMATS, detect
 from jaxquant.formats.base import (
     DENSE_DTYPES,
     Coverage,
@@ -47,6 +47,7 @@ EMBEDDINGS = re.compile(
     r"|embeddings|embedding|position_embeddings|embed_positions|token_type_embeddings)$"
 )
 USUALLY_DENSE = re.compile(r"(^|\.)(lm_head|gate|router|shared_expert_gate|eh_proj|head)$")
+INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 ATTENTION_MODELS = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")
 
 
@@ -189,6 +190,8 @@ def _quantized(
             "the checkpoint has no quantization_config",
             "add the quantizer's config to config.json",
         )
+    if "weight" not in fmt.suffixes and not raw.tensors.keys() & {*fmt.markers}:
+        return build_module(DENSE, DENSE.spec(config, raw), raw)  # which refuses its dtype
     spec = fmt.spec(config, raw)
     if spec is None:
         raise raw.error(
@@ -217,6 +220,7 @@ def _survey(checkpoint: Checkpoint) -> Contents:
     coverage = fmt.coverage(config)
     expanded = expand_experts(checkpoint.tensors, checkpoint.config)
     groups, rest = _group(expanded, fmt.suffixes)
+    _refuse_other_methods(fmt, rest)
     fill_cold_experts(groups)
     modules: dict[str, QuantizedModule] = {}
     unquantized: list[str] = []
@@ -239,6 +243,22 @@ def _survey(checkpoint: Checkpoint) -> Contents:
     check_expert_indices(modules, checkpoint.config, str(checkpoint.path))
     _check_heads(checkpoint, modules)
     return Contents(modules, rest)
+
+
+def _refuse_other_methods(fmt: Format, rest: Mapping[str, RawTensor]) -> None:
+    """Codes under a name that only other methods give them are not an unknown tensor."""
+    for name, tensor in rest.items():
+        if tensor.dtype in INTEGERS and len(tensor.shape) > 1:
+            markers = [(f.name, marker) for f in FORMATS for marker in f.markers]
+            methods = [method for method, marker in markers if name.endswith(f".{marker}")]
+            if methods:
+                raise tensor.error(
+                    f"quantized weights of {' or '.join(methods)}",
+                    "the checkpoint has no quantization_config"
+                    if fmt is DENSE
+                    else f"the config describes {fmt.name}",
+                    "put the quantizer's own config into config.json",
+                )
 
 
 def _warn_unquantized(checkpoint: Checkpoint, coverage: Coverage, paths: list[str]) -> None:

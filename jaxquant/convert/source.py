@@ -6,6 +6,7 @@ loading does not know which it was.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from jaxquant.convert.read_checkpoint import open_checkpoint
 from jaxquant.convert.read_json import load_object
 from jaxquant.convert.read_kv import is_kv_scale, kv_scales
 from jaxquant.errors import ConfigError, PlanError, within
-from jaxquant.formats.base import RawTensor, numpy_dtype
+from jaxquant.formats.base import FormatWarning, RawTensor, numpy_dtype
 from jaxquant.models import ModelConfig
 
 
@@ -100,10 +101,37 @@ def _directory_source(path: Path, names: NameMap | str | Path | None) -> ModelSo
                 left_out[f"{layer}.{part}_scale"] = "queries and attention weights stay unquantized"
     if problems:
         raise PlanError(str(path), problems, "two names of the checkpoint mean the same weight")
-    if config.tied and "lm_head" in weights and weights["lm_head"].format == "dense":
+    if config.tied and "lm_head" in weights and _is_tied(weights["lm_head"], arrays, str(path)):
         left_out["lm_head"] = "tied to the embedding"
         del weights["lm_head"]
     return ModelSource(path, config, checkpoint.config, weights, arrays, left_out)
+
+
+def _is_tied(head: Item, arrays: Mapping[str, Item], where: str) -> bool:
+    """Whether a stored output layer is the embedding again; one of its own is used, as its config
+    is then wrong (transformers does the same).
+    """
+    if head.format != "dense":
+        return False
+    embedding = arrays.get("model.embed_tokens.weight")
+    if embedding is None:
+        return True
+    a, b = head.load().data[0], embedding.load()
+    rows = range(0, len(a), 4096)
+    same = a.shape == b.shape and all(
+        np.array_equal(*(part[i : i + 4096].astype(np.float32) for part in (a, b))) for i in rows
+    )
+    head.release()
+    embedding.release()
+    if same:
+        return True
+    warnings.warn(
+        f"{where}: tie_word_embeddings is true, but lm_head.weight differs from the embedding; it "
+        "is used as the output layer",
+        FormatWarning,
+        stacklevel=5,
+    )
+    return False
 
 
 def _check_count(found: int, what: str, held: int, where: str) -> None:

@@ -116,6 +116,9 @@ class Source:
             return jax.ShapeDtypeStruct(shape or (), jnp.float32)
         self.taken.add(name)
         described = self.arrays[name]
+        kind = jnp.dtype(described.dtype)
+        if not jnp.issubdtype(kind, jnp.floating) or kind.itemsize < 2:
+            self.problems.append(f"{name}: found {kind} values; expected floats of 16 or 32 bits")
         if shape is not None and tuple(described.shape) != shape:
             self.problems.append(f"{name}: found {list(described.shape)}; expected {expected}")
         return self._placed(name, self._value(name, described))

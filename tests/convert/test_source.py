@@ -1,0 +1,89 @@
+"""Checkpoints that contradict their config.json or hold values that no model can use."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxquant as jq
+from jaxquant.errors import FormatError, PlanError
+from jaxquant.formats.base import FormatWarning
+from jaxquant.models import ModelConfig
+from tests.convert.writer import write_checkpoint
+from tests.formats.cases import CASES
+from tests.small_models import CONFIGS, random_tensors
+
+IDS = jnp.asarray([[3, 1, 4, 1, 5]], jnp.int32)
+TIED = "llama-tied-mha"
+
+
+def tensors_of(name):
+    return random_tensors(ModelConfig.from_hf(CONFIGS[name]))
+
+
+def logits(folder, tensors, **config):
+    model = jq.from_pretrained(write_checkpoint(folder, tensors, config), dtype=jnp.float32)
+    return np.asarray(model(IDS))
+
+
+def test_an_output_layer_of_its_own_is_used_against_the_config(tmp_path):
+    """As transformers does where both tensors are stored and differ."""
+    tensors = tensors_of(TIED)
+    embedding = tensors["model.embed_tokens.weight"]
+    own = embedding[::-1].copy()
+    with pytest.warns(FormatWarning, match="lm_head.weight differs"):
+        found = logits(tmp_path / "a", tensors | {"lm_head.weight": own}, **CONFIGS[TIED])
+    tied = logits(tmp_path / "b", tensors, **CONFIGS[TIED])
+    np.testing.assert_allclose(found, tied[..., ::-1], rtol=1e-5, atol=1e-5)
+    assert not np.allclose(found, tied, atol=1e-2)
+
+
+def test_a_stored_copy_of_the_embedding_stays_tied(tmp_path):
+    tensors = tensors_of(TIED)
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    folder = write_checkpoint(tmp_path / "m", tensors | head, CONFIGS[TIED])
+    model = jq.from_pretrained(folder)
+    assert model.lm_head is None and "lm_head" in dict(model.report.ignored)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("model.norm.weight", np.int8),
+        ("model.layers.0.self_attn.q_proj.bias", np.int32),
+        ("model.layers.1.input_layernorm.weight", np.bool_),
+    ],
+)
+def test_norms_and_biases_are_floats(name, dtype, tmp_path):
+    tensors = tensors_of("qwen2")
+    tensors[name] = tensors[name].astype(dtype)
+    with pytest.raises(PlanError) as caught:
+        logits(tmp_path / "m", tensors, **CONFIGS["qwen2"])
+    assert f"{name}: found {np.dtype(dtype)} values" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("case", "method"),
+    [
+        ("gptq-4b-v1-sym", "gptq or awq"),
+        ("awq-gemm", "gptq or awq"),
+        ("ct-packed-4b", "compressed-tensors"),
+    ],
+)
+@pytest.mark.parametrize("config", [None, {"quant_method": "fp8", "activation_scheme": "dynamic"}])
+def test_codes_of_another_method_are_named(case, method, config, tmp_path):
+    arrays = {f"model.layers.0.mlp.up_proj.{s}": a for s, a in CASES[case].arrays.items()}
+    given = {} if config is None else {"quantization_config": config}
+    with pytest.raises(FormatError) as caught:
+        jq.read_quantized(write_checkpoint(tmp_path / "m", arrays, given))
+    error = caught.value
+    assert error.found.startswith(f"quantized weights of {method}")
+    assert ("config describes fp8" if config else "no quantization_config") in error.rule
+
+
+def test_an_embedding_of_integers_is_no_quantized_module(tmp_path):
+    quant = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
+    arrays = {"model.embed_tokens.weight": np.zeros((8, 8), np.int32)}
+    folder = write_checkpoint(tmp_path / "m", arrays, {"quantization_config": quant})
+    with pytest.raises(FormatError) as caught:
+        jq.read_quantized(folder)
+    assert "dtype I32; an unquantized weight is" in str(caught.value)
