@@ -46,6 +46,15 @@ def test_ragged_batch_equals_each_prompt_alone_without_a_cache(name: str):
     assert together[:1] == generate(model, PROMPTS[:1], max_new_tokens=9, eos=())
 
 
+@pytest.mark.parametrize("name", ["llama-dynamic", "llama-longrope"])
+def test_rotations_go_by_the_length_of_a_row_and_not_of_its_padding(name: str):
+    model = small_model(name)
+    together = generate(model, PROMPTS, max_new_tokens=9, eos=())
+    for prompt, row in zip(PROMPTS, together, strict=True):
+        assert row[0] == int(np.argmax(np.asarray(model(np.array([prompt])))[0, -1]))
+        assert [row] == generate(model, [prompt], max_new_tokens=9, eos=())
+
+
 def test_rows_end_at_their_own_stop_token(model: CausalLM):
     free = generate(model, PROMPTS, max_new_tokens=12, eos=())
     stop = free[0][4]

@@ -73,7 +73,7 @@ def mixed(
             were smoothed for other norms than the base's; all problems.
     """
     base = sources[plan.sources[BASE].resolve()]
-    chosen, problems = resolve(plan, base.weights)
+    chosen, problems = resolve(plan, base.weights, base.config.family)
     weights: dict[str, Item] = {}
     arrays = dict(base.arrays)
     taken: dict[str, list[str]] = {}

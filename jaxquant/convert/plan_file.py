@@ -29,6 +29,7 @@ import yaml
 
 from jaxquant.arguments import path_of
 from jaxquant.arrays.scheme import Scheme
+from jaxquant.convert.names import published
 from jaxquant.errors import ConfigError, FormatError
 from jaxquant.formats.patterns import matches
 
@@ -229,9 +230,16 @@ def target_names(module: str) -> tuple[str, ...]:
     return names
 
 
-def resolve(plan: PrecisionPlan, modules: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+def resolve(
+    plan: PrecisionPlan, modules: Iterable[str], family: str = ""
+) -> tuple[dict[str, str], list[str]]:
     """Give every module its precision; modules that nothing maps get "base".
 
+    Args:
+        plan: the plan.
+        modules: the modules of the base, by the module tree's paths.
+        family: of the model; a mapping key may also use the names of its own checkpoints
+            (``block_sparse_moe.experts.0.w1`` of Mixtral).
     Returns:
         module -> precision, and a message for every key that matches no weight and every tie.
     """
@@ -251,7 +259,8 @@ def resolve(plan: PrecisionPlan, modules: Iterable[str]) -> tuple[dict[str, str]
     problems: list[str] = []
     chosen: dict[str, str] = {}
     for module in modules:
-        names = target_names(module)
+        own = published(module, family)
+        names = target_names(module) + (target_names(own) if own != module else ())
         hits = [(1 << 30, name, exact[name]) for name in names if name in exact]
         hits += [
             (literals, pattern, precision)
@@ -274,7 +283,7 @@ def resolve(plan: PrecisionPlan, modules: Iterable[str]) -> tuple[dict[str, str]
         chosen[module] = next(precision for _, precision in sorted(winners))
     for pattern in plan.mapping:
         if pattern not in used:
-            problems.append(_unused(pattern, modules))
+            problems.append(_unused(pattern, [published(name, family) for name in modules]))
     return chosen, problems
 
 

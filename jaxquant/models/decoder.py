@@ -83,11 +83,18 @@ class Decoder(Layers):
         self.config = config
 
     def __call__(
-        self, input_ids: jax.Array, positions: jax.Array, cache: Cache | None
+        self,
+        input_ids: jax.Array,
+        positions: jax.Array,
+        cache: Cache | None,
+        length: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        """``[batch, token]`` int32 to hidden states ``[batch, token, hidden]`` and the cache."""
+        """``[batch, token]`` int32 to hidden states ``[batch, token, hidden]`` and the cache.
+
+        ``length`` ``[batch]`` is how many positions each row uses; None stands for no padding.
+        """
         x = self.embed_tokens(input_ids)
-        step = Step.at(self.config.rope, positions)
+        step = Step.at(self.config.rope, positions, length)
         entries: list[Any] = [None] * len(self.runs) if cache is None else list(cache.layers)
         for i, (run, layer) in enumerate(zip(self.runs, self.layers, strict=True)):
             if is_stack(run):
@@ -213,11 +220,15 @@ class CausalLM(nnx.Module):
             input_ids: int32 ``[batch, token]``.
             positions: int32 ``[batch, token]``.
             cache: earlier positions, updated; None for a pass that stands alone.
-            last: ``[batch]`` the one token of each row whose logits are wanted; None for all.
+            last: ``[batch]`` the last token of each row, whose logits alone are wanted; None for
+                all, and for rows without padding.
         Returns:
             float32 ``[batch, token, vocab]`` (``[batch, vocab]`` with ``last``), and the cache.
         """
-        hidden, cache = self.model(input_ids, positions, cache)
+        length = None
+        if last is not None:
+            length = jnp.take_along_axis(positions, last[:, None], axis=1)[:, 0] + 1
+        hidden, cache = self.model(input_ids, positions, cache, length)
         if last is not None:
             hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         head = self.model.embed_tokens.attend if self.lm_head is None else self.lm_head

@@ -43,9 +43,9 @@ class Step:
     sin: jax.Array
 
     @classmethod
-    def at(cls, rope: Rope, positions: jax.Array) -> Step:
-        """A step whose tokens stand at ``positions``."""
-        return cls(positions, *rotation(rope, positions))
+    def at(cls, rope: Rope, positions: jax.Array, length: jax.Array | None = None) -> Step:
+        """A step whose tokens stand at ``positions``; ``length`` as for :func:`rotation`."""
+        return cls(positions, *rotation(rope, positions, length))
 
     def mask(self, capacity: int | None, window: int | None) -> jax.Array:
         """Which keys each token sees: bool ``[batch, token, key]``.

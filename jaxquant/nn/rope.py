@@ -209,16 +209,23 @@ def _yarn(rope: Rope, base: np.ndarray) -> np.ndarray:
     return (base / rope.factor * ramp + base * (1 - ramp)).astype(np.float32)
 
 
-def rotation(rope: Rope, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rotation(
+    rope: Rope, positions: jax.Array, length: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines for tokens at ``positions``.
 
     Args:
         rope: the embedding.
         positions: int32 ``[batch, token]``.
+        length: ``[batch]`` positions in use, padding not counted, for the kinds that depend on it
+            (see :func:`frequencies`); None counts all.
     Returns:
         Two float32 arrays ``[batch, token, 1, dim / 2]``.
     """
-    length = jnp.max(positions, axis=-1) + 1 if rope.kind in ("dynamic", "longrope") else None
+    if rope.kind not in ("dynamic", "longrope"):
+        length = None
+    elif length is None:
+        length = jnp.max(positions, axis=-1) + 1
     table = jnp.asarray(frequencies(rope, length))
     table = table[None, None] if table.ndim == 1 else table[:, None]
     angle = positions[..., None].astype(jnp.float32) * table

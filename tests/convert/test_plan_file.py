@@ -55,6 +55,29 @@ def test_w13_means_gate_and_up():
     assert target_names("a.q_proj") == ("a.q_proj.weight",)
 
 
+def test_keys_may_use_the_names_of_the_familys_checkpoints(tmp_path):
+    modules = [name for name in MODULES if "experts" in name]
+    mapping = {
+        "model.layers.0.block_sparse_moe.experts.0.w1.weight": "fp8",
+        "model.layers.0.block_sparse_moe.experts.1.w13_weight": "fp8",
+        "model.layers.*.block_sparse_moe.experts.3.w2.weight": "gptq_int4",
+        "model.layers.1.mlp.experts.2.w2_weight": "fp8",
+        "model.layers.1.block_sparse_moe.experts.9.w2_weight": "fp8",
+    }
+    chosen, problems = resolve(plan_of(tmp_path, mapping), modules, "mixtral")
+    assert {name for name, precision in chosen.items() if precision != "base"} == {
+        "model.layers.0.mlp.experts.0.gate_proj",
+        "model.layers.0.mlp.experts.1.gate_proj",
+        "model.layers.0.mlp.experts.1.up_proj",
+        "model.layers.0.mlp.experts.3.down_proj",
+        "model.layers.1.mlp.experts.3.down_proj",
+        "model.layers.1.mlp.experts.2.down_proj",
+    }
+    assert len(problems) == 1 and "no expert 9" in problems[0]
+    # Another family's checkpoints have no such names.
+    assert len(resolve(plan_of(tmp_path, mapping), modules, "qwen3_moe")[1]) == 4
+
+
 def test_all_problems_come_together(tmp_path):
     mapping = {
         "model.layers.0.mlp.experts.9.w2_weight": "fp8",
