@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from jaxquant.arguments import path_of
 from jaxquant.arrays.layout import Layout
 from jaxquant.arrays.qtensor import QTensor
+from jaxquant.convert.module_warnings import warn_once
 from jaxquant.convert.name_map import NameMap, renamed
 from jaxquant.convert.read_checkpoint import Checkpoint as Checkpoint
 from jaxquant.convert.read_checkpoint import open_checkpoint as open_checkpoint
@@ -224,20 +225,22 @@ def _survey(checkpoint: Checkpoint) -> Contents:
     fill_cold_experts(groups)
     modules: dict[str, QuantizedModule] = {}
     unquantized: list[str] = []
-    for path, tensors in groups.items():
-        raw = RawModule(path, tensors, checkpoint.config)
-        if _is_marked(fmt, tensors) and not (path.endswith("norm") and len(tensors) == 1):
-            module = _quantized(fmt, config, coverage, raw)
-        elif _is_linear(path, tensors):
-            module = build_module(DENSE, DENSE.spec(config, raw), raw)
-            if fmt is not DENSE and not USUALLY_DENSE.search(path) and coverage.targeted(path):
-                unquantized.append(path)
-        else:
-            rest |= {tensor.name: tensor for tensor in tensors.values()}
-            continue
-        modules[path] = module
-        claimed = module.raw.keys()
-        rest |= {t.name: t for suffix, t in tensors.items() if suffix not in claimed}
+    with warn_once(stacklevel=4) as current:
+        for path, tensors in groups.items():
+            current.path = path
+            raw = RawModule(path, tensors, checkpoint.config)
+            if _is_marked(fmt, tensors) and not (path.endswith("norm") and len(tensors) == 1):
+                module = _quantized(fmt, config, coverage, raw)
+            elif _is_linear(path, tensors):
+                module = build_module(DENSE, DENSE.spec(config, raw), raw)
+                if fmt is not DENSE and not USUALLY_DENSE.search(path) and coverage.targeted(path):
+                    unquantized.append(path)
+            else:
+                rest |= {tensor.name: tensor for tensor in tensors.values()}
+                continue
+            modules[path] = module
+            claimed = module.raw.keys()
+            rest |= {t.name: t for suffix, t in tensors.items() if suffix not in claimed}
     _warn_unquantized(checkpoint, coverage, unquantized)
     _warn_unmatched(checkpoint, coverage, [*groups])
     check_expert_indices(modules, checkpoint.config, str(checkpoint.path))

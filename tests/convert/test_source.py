@@ -1,5 +1,7 @@
 """Checkpoints that contradict their config.json or hold values that no model can use."""
 
+import warnings
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -87,3 +89,28 @@ def test_an_embedding_of_integers_is_no_quantized_module(tmp_path):
     with pytest.raises(FormatError) as caught:
         jq.read_quantized(folder)
     assert "dtype I32; an unquantized weight is" in str(caught.value)
+
+
+def test_modules_that_are_odd_alike_give_one_warning(tmp_path):
+    case = CASES["awq-gemm"]
+    names = [f"model.layers.{i}.mlp.up_proj" for i in range(5)]
+    arrays = {f"{name}.{s}": array for name in names for s, array in case.arrays.items()}
+    config = {"quantization_config": case.config | {"version": "gemv"}}
+    folder = write_checkpoint(tmp_path / "m", arrays, config)
+    with pytest.warns(FormatWarning) as caught:
+        assert sorted(jq.read_quantized(folder)) == names
+    (warning,) = caught
+    assert f"{names[0]}.qweight: the config says gemv" in str(warning.message)
+    assert "4 more modules" in str(warning.message)
+
+
+def test_warnings_of_a_refused_checkpoint_leave_no_trace(tmp_path):
+    case = CASES["awq-gemm"]
+    arrays = {f"a.{s}": array for s, array in case.arrays.items()}
+    arrays |= {"b.qweight": case.arrays["qweight"]}
+    config = {"quantization_config": case.config | {"version": "gemv"}}
+    folder = write_checkpoint(tmp_path / "m", arrays, config)
+    shown = warnings.showwarning
+    with pytest.raises(FormatError, match="missing"):
+        jq.read_quantized(folder)
+    assert warnings.showwarning is shown
