@@ -45,6 +45,8 @@ def expand_experts(
     Args:
         tensors: by full name.
         config: the checkpoint's ``config.json``; its ``model_type`` decides the orientation.
+    Raises:
+        FormatError: the halves of a stack differ, or a slice of it is stored by itself too.
     """
     expanded: dict[str, RawTensor] = {}
     kind = str(config.get("model_type") or "")
@@ -56,7 +58,10 @@ def expand_experts(
         suffix = TAILS[found["tail"]]
         for expert in range(tensor.shape[0]):
             for part, piece in _parts(tensor, found["part"], suffix, expert, kind):
-                expanded[f"{found['stem']}.{expert}.{part}.{suffix}"] = piece
+                single = f"{found['stem']}.{expert}.{part}.{suffix}"
+                if single in tensors or single in expanded:
+                    raise tensor.error(f"its slice is stored as {single} too", "one of the two")
+                expanded[single] = piece
     return expanded
 
 

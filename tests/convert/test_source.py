@@ -114,3 +114,14 @@ def test_warnings_of_a_refused_checkpoint_leave_no_trace(tmp_path):
     with pytest.raises(FormatError, match="missing"):
         jq.read_quantized(folder)
     assert warnings.showwarning is shown
+
+
+@pytest.mark.parametrize("single", ["0.up_proj.weight", "1.down_proj.weight"])
+def test_experts_are_stacked_or_single(single, tmp_path):
+    stem = "model.layers.0.mlp.experts"
+    arrays = {f"{stem}.gate_up_proj": np.ones((2, 16, 8), np.float16)}
+    arrays[f"{stem}.down_proj"] = np.ones((2, 8, 8), np.float16)
+    assert len(jq.read_quantized(write_checkpoint(tmp_path / "a", arrays))) == 6
+    arrays[f"{stem}.{single}"] = np.zeros((8, 8), np.float16)
+    with pytest.raises(FormatError, match=f"stored as {stem}.{single} too"):
+        jq.read_quantized(write_checkpoint(tmp_path / "b", arrays))
