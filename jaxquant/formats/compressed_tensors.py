@@ -125,6 +125,12 @@ def _spec(config: Mapping[str, Any], module: RawModule) -> Spec | None:
             stacklevel=2,
         )
         return Spec(kind="dense", code=CODES[DENSE_DTYPES[weight.dtype]])
+    if packed is None and weight is None:
+        raise module.error(
+            f"neither weight nor weight_packed beside {sorted(module.tensors)}",
+            "a quantized module has one of them",
+            "the checkpoint is incomplete: download or export it again",
+        )
     if packed is None:
         return _scaled(module, group, group.weights)
     if packed.dtype not in ("U8", "I8"):

@@ -10,7 +10,6 @@ Three things bound how close they can be:
 """
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 
@@ -108,6 +107,7 @@ def test_logits_match_the_peer(name):
 
 
 def test_the_corpus_has_all_families():
-    provenance = json.loads((Path(ROOT) / NAMES[0] / "PROVENANCE.json").read_text())
-    assert provenance["tool"]
     assert len(NAMES) >= 30
+    assert {prefix for prefix in FAMILIES if any(name.startswith(prefix) for name in NAMES)} == {
+        *FAMILIES
+    }
