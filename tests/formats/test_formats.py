@@ -27,12 +27,12 @@ ACTIVATION_SCALES = (
     "qscale_act",
 )
 OPTIONAL = {"g_idx", "weight_shape", "weight_format", "workspace", "pre_quant_scale"}
-# Without the static scale these are read as what they then are: dynamic.
 # Without the tensor the rest is another arrangement of its family, which lacks something else.
 SEEN_AS_OTHER = {
     ("bnb-int8", "SCB"): "0 quantization states",
     ("qserve-group", "s2_scales"): "s1_szeros: missing",
 }
+# Without the static scale these are read as what they then are: dynamic.
 DYNAMIC_WITHOUT = {("modelopt-w4a8_nvfp4_fp8", "input_scale"), ("fp8-mistral", "qscale_act")}
 
 
