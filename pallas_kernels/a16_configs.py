@@ -1,16 +1,18 @@
-"""The tiles of the stream kernels for 16-bit activations: refusals, defaults, candidates."""
+"""The tiles of the stream kernels: what they refuse, defaults, what is worth measuring."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from pallas_kernels.problem import Problem, require_hopper
+from pallas_kernels.problem import Problem
 from pallas_kernels.stream_config import StreamConfig, record_of
 from pallas_kernels.tiles import cdiv
 
 _ConfigType = TypeVar("_ConfigType", bound=StreamConfig)
+# Of a problem: fields of configs.
+Shapes = Callable[[Problem], Iterable[dict[str, int]]]
 
 
 def most_tokens(problem: Problem) -> int:
@@ -19,36 +21,25 @@ def most_tokens(problem: Problem) -> int:
     return 32 if record.group < 64 and not record.rounded else 64
 
 
-def exceeds_registers(config: StreamConfig, problem: Problem) -> str | None:
-    """Return why a config that scales the sums of each group has too many of them, or None."""
-    most = most_tokens(problem)
-    return f"bm must be at most {most} with {problem.w_scale}" if config.bm > most else None
-
-
 @dataclasses.dataclass(frozen=True)
-class A16DecodeConfig(StreamConfig):
-    """Tiles of the kernel for few tokens, which scales sums in f32."""
+class ExactConfig(StreamConfig):
+    """Tiles of a kernel that scales the sums of every group in f32."""
 
     def refuses(self, problem: Problem) -> str | None:
         """Return why this config cannot run `problem`, or None."""
-        return exceeds_registers(self, problem) or super().refuses(problem)
+        most = most_tokens(problem)
+        if self.bm > most:
+            return f"bm must be at most {most} with {problem.w_scale}"
+        return super().refuses(problem)
 
 
 @dataclasses.dataclass(frozen=True)
-class A16PrefillConfig(StreamConfig):
-    """Tiles of the kernel for many tokens, which rounds scales into the operand."""
+class RoundedConfig(StreamConfig):
+    """Tiles of a kernel that applies scales to the operand, and adds over all of k at once."""
 
     def refuses(self, problem: Problem) -> str | None:
         """Return why this config cannot run `problem`, or None."""
         return "needs a ring of 2 steps" if self.ring == 1 else super().refuses(problem)
-
-
-def accepts_hopper(problem: Problem) -> str | None:
-    if reason := require_hopper(problem):
-        return reason
-    if problem.n % 64 or problem.k % 64:
-        return f"N and K must be multiples of 64, not N={problem.n}, K={problem.k}"
-    return None
 
 
 def _token_tile(m: int) -> int:
@@ -92,15 +83,21 @@ def prefill_shapes(problem: Problem) -> Iterator[dict[str, int]]:
 
 
 def fitting(
-    config_type: type[_ConfigType], shapes: Iterable[dict[str, int]], problem: Problem
+    config_type: type[_ConfigType], shapes: Shapes, problem: Problem
 ) -> Iterator[_ConfigType]:
-    for shape in shapes:
+    """Yield the configs of the shapes of a problem that can run it."""
+    for shape in shapes(problem):
         config = config_type(**shape)
         if config.refuses(problem) is None:
             yield config
 
 
-def few_tokens(problem: Problem) -> Iterator[dict[str, int]]:
+def first_fitting(config_type: type[_ConfigType], shapes: Shapes, problem: Problem) -> _ConfigType:
+    """Return the first of `fitting`."""
+    return next(fitting(config_type, shapes, problem))
+
+
+def decode_trials(problem: Problem) -> Iterator[dict[str, int]]:
     """Yield the tiles for few tokens that are worth measuring."""
     bm = min(most_tokens(problem), _token_tile(problem.m))
     shapes = [
@@ -140,14 +137,11 @@ def few_tokens(problem: Problem) -> Iterator[dict[str, int]]:
     return (dict(bm=bm, **shape) for shape in shapes)
 
 
-def decode_candidates(problem: Problem) -> Iterator[A16DecodeConfig]:
-    """Yield the decode configs worth measuring."""
-    return fitting(A16DecodeConfig, few_tokens(problem), problem)
-
-
-def many_tokens(problem: Problem) -> Iterator[dict[str, int]]:
+def prefill_trials(problem: Problem) -> Iterator[dict[str, int]]:
     """Yield the tiles for many tokens that are worth measuring."""
     m = problem.m
+    if m <= 32:  # groups of 32
+        return decode_trials(problem)
     small = [dict(bm=64, nw=4, slots=slots, ring=ring, lag=1) for slots, ring in ((2, 8), (4, 4))]
     small += [
         dict(bm=64, nw=4, ring=4, lag=0),
@@ -176,9 +170,3 @@ def many_tokens(problem: Problem) -> Iterator[dict[str, int]]:
         shapes = (split if m <= 512 else []) + large + largest
     snakes = (1,) if m <= 128 else (4,) if m <= 512 else (4, 8)
     return (dict(**shape, snake=snake) for shape in shapes for snake in snakes)
-
-
-def prefill_candidates(problem: Problem) -> Iterator[A16PrefillConfig]:
-    """Yield the prefill configs worth measuring."""
-    shapes = few_tokens if problem.m <= 32 else many_tokens
-    return fitting(A16PrefillConfig, shapes(problem), problem)

@@ -90,9 +90,6 @@ def matmul(
         tile_full: Any = None,
         tile_empty: Any = None,
         groups_sm: Any = None,
-        tiles_sm: Any = None,
-        tiles_full: Any = None,
-        tiles_empty: Any = None,
         **more,
     ):
         gmem, o_gm = dict(zip(names, refs, strict=False)), refs[-1]
@@ -102,7 +99,7 @@ def matmul(
         if groups:
             o_sm, o_rows = views(o_sm, interpret)
 
-        relay = Relay(tiles_sm, tiles_full, tiles_empty, interpret)
+        relay = Relay(more, interpret)
 
         def each_tile(use, searches: bool) -> Any:
             """Call `use` for this block's tiles and return their number.

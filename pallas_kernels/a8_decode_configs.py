@@ -96,6 +96,7 @@ def _tile_tokens(m: int) -> int:
 
 
 def decode_refuses(problem: Problem) -> str | None:
+    """Return why the decode kernel does not take a dense problem, or None."""
     if reason := common_refusal(problem):
         return reason
     return None if problem.m <= 256 else "takes at most 256 tokens"
@@ -179,6 +180,7 @@ def grouped_height(problem: Problem) -> int:
 
 
 def grouped_decode_refuses(problem: Problem) -> str | None:
+    """Return why the decode kernel does not take a grouped problem, or None."""
     if reason := common_refusal(problem):
         return reason
     if problem.m > 128 * problem.experts:

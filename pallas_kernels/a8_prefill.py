@@ -78,15 +78,12 @@ def matmul(
         groups_sm: Any = None,
         tile_full: Any = None,
         tile_empty: Any = None,
-        tiles_sm: Any = None,
-        tiles_full: Any = None,
-        tiles_empty: Any = None,
-        **vectors,
+        **more,
     ):
         gmem, o_gm = dict(zip(names, refs, strict=False)), refs[-1]
         warpgroup, block_in_cluster = lax.axis_index(WARPGROUP), lax.axis_index(CLUSTER)
         clusters, o_rows = row_clusters, o_sm
-        relay = Relay(tiles_sm, tiles_full, tiles_empty, interpret)
+        relay = Relay(more, interpret)
         if groups:
             clusters = groups.counter(c.bm, interpret)(gmem["group_sizes"])
             o_sm, o_rows = views(o_sm, interpret)
@@ -153,7 +150,7 @@ def matmul(
 
                     epilogue.fetch(
                         gmem,
-                        vectors,
+                        more,
                         0,
                         tile_full,
                         {"m": m0, "n": at.expert * n + n0},
@@ -185,7 +182,7 @@ def matmul(
                     epilogue.apply(
                         part,
                         gmem,
-                        vectors,
+                        more,
                         0,
                         {"m": my_row, "n": j * piece, "expert": at.expert},
                     )

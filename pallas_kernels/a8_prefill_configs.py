@@ -88,6 +88,7 @@ class PrefillConfig(Config):
 
 
 def prefill_refuses(problem: Problem) -> str | None:
+    """Return why the prefill kernel does not take a dense problem, or None."""
     if reason := common_refusal(problem):
         return reason
     return "takes more than 32 tokens" if problem.m <= 32 else None
@@ -159,6 +160,7 @@ def prefill_candidates(problem: Problem) -> Iterator[PrefillConfig]:
 
 
 def grouped_prefill_refuses(problem: Problem) -> str | None:
+    """Return why the prefill kernel does not take a grouped problem, or None."""
     if reason := common_refusal(problem):
         return reason
     return "takes at least a row an expert" if problem.m < problem.experts else None

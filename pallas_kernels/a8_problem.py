@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.epilogue import Epilogue, Term
-from pallas_kernels.problem import Problem, require_hopper
+from pallas_kernels.problem import Problem, require_tiles
 
 GROUP = 128  # tokens' scale group along K, fixed by the 1x128 format
+# Rows at whose multiples the tiles of groups begin: TMA cuts activations in tiles of 8 rows, and a
+# copy of float32 scales has to start at a multiple of 16 bytes.
+ALIGN = 8
 FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 
 
@@ -74,15 +77,13 @@ def accumulator_dtype(problem: Problem) -> jnp.dtype:
 
 def common_refusal(problem: Problem) -> str | None:
     """Return the reason why no 8-bit kernel takes a problem, or None."""
-    if reason := require_hopper(problem):
+    if reason := require_tiles(problem):
         return reason
     kinds = (problem.x_dtype, problem.w_dtype)
     if kinds != ("int8", "int8") and not all(kind in FLOAT8 for kind in kinds):
         return f"multiplies int8 x int8 or float8 x float8, not {kinds[0]} x {kinds[1]}"
     if kinds[0] != kinds[1] and jax.__version_info__ < (0, 11):
         return f"jax {jax.__version__} cannot multiply {kinds[0]} x {kinds[1]}; 0.11 can"
-    if problem.n % 64 or problem.k % 64:
-        return f"N and K must be multiples of 64, not N={problem.n}, K={problem.k}"
     if problem.zero and promotes(problem):
         return "zero points need scales that are constant along K"
     block = w_block(problem)

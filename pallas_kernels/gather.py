@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.launch import GRID, launch
-from pallas_kernels.problem import KernelError, current_device
+from pallas_kernels.problem import KernelError, Shaped, current_device
 from pallas_kernels.tiles import load_global, silu, store_global
 
 _THREADS = 128
@@ -24,7 +24,7 @@ _THREADS = 128
 _MOST = 32
 
 
-def gather_rows_refusal(x: jax.Array | jax.ShapeDtypeStruct, *, gated: bool = False) -> str | None:
+def gather_rows_refusal(x: Shaped, *, gated: bool = False) -> str | None:
     """Return why `gather_rows` does not take x, or None."""
     if current_device().capability != "9.0":
         return "needs compute capability 9.0"

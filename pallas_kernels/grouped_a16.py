@@ -2,119 +2,76 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.a16_configs import (
-    A16DecodeConfig,
-    A16PrefillConfig,
-    accepts_hopper,
-    fitting,
-)
-from pallas_kernels.epilogue import Epilogue, Term
+from pallas_kernels.a16_configs import ExactConfig, RoundedConfig, first_fitting, fitting
+from pallas_kernels.group_problem import rows_of_experts
 from pallas_kernels.group_tiles import Groups, sizes_of_layer
 from pallas_kernels.grouped_configs import (
-    decode_candidates,
     decode_shapes,
-    prefill_candidates,
+    decode_trials,
     prefill_shapes,
+    prefill_trials,
 )
-from pallas_kernels.matmul_a16 import HALF_TYPES, check_types
-from pallas_kernels.prepack import Prepacked, factor_name
-from pallas_kernels.problem import Config, Kernel, KernelError, Problem, current_device, select
-from pallas_kernels.record import Record
-from pallas_kernels.stream import stream_matmul
-from pallas_kernels.stream_config import StreamConfig, factor_of, scale_name, zero_name
-from pallas_kernels.tiles import cdiv
+from pallas_kernels.prepack import Prepacked
+from pallas_kernels.problem import (
+    Config,
+    Kernel,
+    KernelError,
+    Problem,
+    Shaped,
+    require_tiles,
+    select,
+)
+from pallas_kernels.stream_problem import HALF_TYPES, check_types, problem_of, run
 
-Array = jax.Array | jax.ShapeDtypeStruct
-
-
-def _epilogue(problem: Problem) -> Epilogue:
-    """Return the epilogue: the factors of each expert's weight, if any."""
-    factor = factor_of(problem)
-    term = Term("w_scale", "n" if factor == "n" else "expert", jnp.float32)
-    return Epilogue((term,) if factor else (), True, jnp.dtype(problem.out_dtype))
-
-
-def _run(
-    rounded: bool,
-    problem: Problem,
-    config: StreamConfig,
-    interpret: bool,
-    record: Record,
-    groups: Groups,
-    into: jax.Array | None,
-    *operands: jax.Array,
-) -> jax.Array:
-    return stream_matmul(
-        problem,
-        config,
-        interpret,
-        record,
-        _epilogue(problem),
-        *operands,
-        rounded=rounded or record.rounded,
-        name="grouped_a16_prefill" if rounded else "grouped_a16_decode",
-        groups=groups,
-        into=into,
-    )
-
-
-def _default_decode(problem: Problem) -> StreamConfig:
-    return next(fitting(A16DecodeConfig, decode_shapes(problem), problem))
-
-
-def _default_prefill(problem: Problem) -> StreamConfig:
-    return next(fitting(A16PrefillConfig, prefill_shapes(problem), problem))
+OP = "grouped_matmul_a16"
 
 
 def _accepts_few(problem: Problem) -> str | None:
     few = problem.m <= 16 * problem.experts
-    return accepts_hopper(problem) or (None if few else "takes at most 16 rows an expert")
+    return require_tiles(problem) or (None if few else "takes at most 16 rows an expert")
 
 
 def _accepts_many(problem: Problem) -> str | None:
     many = problem.m > 2 * problem.experts
-    return accepts_hopper(problem) or (None if many else "takes more than 2 rows an expert")
+    return require_tiles(problem) or (None if many else "takes more than 2 rows an expert")
 
 
 GROUPED_A16_KERNELS = (
     Kernel(
         name="grouped_a16_decode",
-        op="grouped_matmul_a16",
-        config_type=A16DecodeConfig,
-        fn=functools.partial(_run, False),
+        op=OP,
+        config_type=ExactConfig,
+        fn=functools.partial(run, "grouped_a16_decode", False),
         accepts=_accepts_few,
-        default_config=_default_decode,
-        candidates=decode_candidates,
+        default_config=functools.partial(first_fitting, ExactConfig, decode_shapes),
+        candidates=functools.partial(fitting, ExactConfig, decode_trials),
     ),
     Kernel(
         name="grouped_a16_prefill",
-        op="grouped_matmul_a16",
-        config_type=A16PrefillConfig,
-        fn=functools.partial(_run, True),
+        op=OP,
+        config_type=RoundedConfig,
+        fn=functools.partial(run, "grouped_a16_prefill", True),
         accepts=_accepts_many,
-        default_config=_default_prefill,
-        candidates=prefill_candidates,
+        default_config=functools.partial(first_fitting, RoundedConfig, prefill_shapes),
+        candidates=functools.partial(fitting, RoundedConfig, prefill_trials),
     ),
 )
 
 
-def _found(x: Array | None) -> str:
-    return "None" if x is None else f"{x.shape} {x.dtype}"
-
-
 def grouped_a16_problem(
-    x: Array,
+    x: Shaped,
     weight: Prepacked,
-    group_sizes: Array,
+    group_sizes: Shaped,
     *,
     first: int = 0,
-    into: Array | None = None,
-    layer: Array | None = None,
+    into: Shaped | None = None,
+    layer: Shaped | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
 ) -> Problem:
     """Return the problem of the operands of `grouped_matmul_a16`; only types are read.
@@ -125,45 +82,14 @@ def grouped_a16_problem(
         KernelError: an operand has a shape or dtype that the contract excludes.
     """
     out = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-
-    def need(good: bool, found: str, rule: str) -> None:
-        if not good:
-            raise KernelError(f"grouped_matmul_a16: {found}; {rule}")
-
     lead = weight.records.shape[:-3]
-    axes = "an axis of experts" if layer is None else "axes of layers and experts"
-    need(len(lead) == 1 + (layer is not None), f"the weight is stacked {lead}", f"{axes} is needed")
-    experts = lead[-1]
-    check_types("grouped_matmul_a16", x, weight, 16, HALF_TYPES, out)
-    sizes = group_sizes.shape
-    need(
-        len(sizes) == 1 and group_sizes.dtype == jnp.int32,
-        f"group_sizes is {_found(group_sizes)}",
-        "it must be int32, one number for each expert",
-    )
-    need(
-        first >= 0 and first + experts <= sizes[0],
-        f"experts {first} to {first + experts} of {sizes[0]} group sizes",
-        "every expert of the weight needs a size",
-    )
-    need(
-        into is None or (into.shape == (x.shape[0], weight.n) and into.dtype == out),
-        f"into is {_found(into)}",
-        f"it must be ({x.shape[0]}, {weight.n}) {out}",
-    )
-    return Problem(
-        op="grouped_matmul_a16",
-        m=cdiv(x.shape[0] * experts, sizes[0]),
-        n=weight.n,
-        k=weight.k,
-        x_dtype=x.dtype.name,
-        w_dtype=weight.record.code,
-        out_dtype=out.name,
-        w_scale=scale_name(weight.record, factor_name(weight)),
-        zero=zero_name(weight.record),
-        experts=experts,
-        device=current_device(),
-    )
+    if len(lead) != 1 + (layer is not None):
+        axes = "an axis of experts" if layer is None else "axes of layers and experts"
+        raise KernelError(f"{OP}: the weight is stacked {lead}; {axes} is needed")
+    check_types(OP, x, weight, 16, HALF_TYPES, out)
+    shape = (x.shape[0], weight.n)
+    m = rows_of_experts(OP, shape, out, lead[-1], group_sizes, first, into)
+    return dataclasses.replace(problem_of(OP, x, weight, out), m=m, experts=lead[-1])
 
 
 @functools.partial(jax.jit, static_argnames=("first", "out_dtype", "config", "interpret"))
@@ -221,12 +147,12 @@ def grouped_matmul_a16(
         chosen,
         interpret,
         weight.record,
-        groups,
-        into,
         x,
         records,
         sizes_of_layer(group_sizes, layer),
         *(() if weight.factor is None else (weight.factor.reshape(-1),)),
+        groups=groups,
+        into=into,
     )
     assert isinstance(out, jax.Array)
     return out

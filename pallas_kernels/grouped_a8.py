@@ -21,11 +21,12 @@ from pallas_kernels.a8_prefill_configs import (
     grouped_prefill_default,
     grouped_prefill_refuses,
 )
-from pallas_kernels.a8_problem import operand_names
+from pallas_kernels.a8_problem import ALIGN, operand_names
+from pallas_kernels.group_problem import rows_of_experts
 from pallas_kernels.group_tiles import Groups, sizes_of_layer
 from pallas_kernels.matmul_a8 import a8_problem
-from pallas_kernels.problem import Config, Kernel, KernelError, Problem, select
-from pallas_kernels.tiles import cdiv, pad_columns, pad_rows
+from pallas_kernels.problem import Config, Kernel, KernelError, Problem, Shaped, select
+from pallas_kernels.tiles import pad_columns, pad_tokens
 
 OP = "grouped_matmul_a8"
 
@@ -50,22 +51,17 @@ GROUPED_PREFILL = Kernel(
 GROUPED_A8_KERNELS = (GROUPED_DECODE, GROUPED_PREFILL)
 
 
-# Rows at whose multiples tiles begin: TMA cuts x_q in tiles of 8 rows, and a copy of float32 scales
-# has to start at a multiple of 16 bytes.
-_ALIGN = 8
-
-
 def grouped_a8_problem(
-    x_q: jax.Array | jax.ShapeDtypeStruct,
-    x_scale: jax.Array | jax.ShapeDtypeStruct,
-    w: jax.Array | jax.ShapeDtypeStruct,
-    w_scale: jax.Array | jax.ShapeDtypeStruct,
-    group_sizes: jax.Array | jax.ShapeDtypeStruct,
+    x_q: Shaped,
+    x_scale: Shaped,
+    w: Shaped,
+    w_scale: Shaped,
+    group_sizes: Shaped,
     *,
     w_block: tuple[int, int] | None = None,
     first: int = 0,
-    into: jax.Array | jax.ShapeDtypeStruct | None = None,
-    layer: jax.Array | jax.ShapeDtypeStruct | None = None,
+    into: Shaped | None = None,
+    layer: Shaped | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
 ) -> Problem:
     """Return the problem that the operands of `grouped_matmul_a8` form, from shapes and dtypes.
@@ -83,25 +79,10 @@ def grouped_a8_problem(
             f"[{lead}, ...]"
         )
     experts, n = w.shape[depth - 1 : depth + 1]
-    sizes = group_sizes.shape
-    if len(sizes) != 1 or group_sizes.dtype != jnp.int32:
-        raise KernelError(
-            f"group_sizes is {group_sizes.dtype} {sizes}; it must be int32, one number for each "
-            "expert"
-        )
-    if not 0 <= first <= sizes[0] - experts:
-        raise KernelError(
-            f"experts {first} to {first + experts} of {sizes[0]} group_sizes; every expert of w "
-            "needs a size"
-        )
-    out = (x_q.shape[0], n)
-    if into is not None and (into.shape != out or into.dtype != out_dtype):
-        raise KernelError(
-            f"into is {into.dtype} {into.shape}; it must be {jnp.dtype(out_dtype).name} {out}"
-        )
     one = [jax.ShapeDtypeStruct(x.shape[depth:], x.dtype) for x in (w, w_scale)]
     problem = a8_problem(x_q, x_scale, *one, w_block=w_block, out_dtype=out_dtype)
-    m = cdiv(problem.m * experts, sizes[0])
+    out = (problem.m, n)
+    m = rows_of_experts(OP, out, jnp.dtype(out_dtype), experts, group_sizes, first, into)
     return dataclasses.replace(problem, op=OP, m=m, experts=experts)
 
 
@@ -167,9 +148,9 @@ def grouped_matmul_a8(
         out_dtype=out_dtype,
     )
     kernel, config = select(GROUPED_A8_KERNELS, problem, config)
-    rows = x_q.shape[0]
+    rows, total = x_q.shape[0], group_sizes.shape[0]
     operands = {
-        "x_q": pad_rows(x_q, 8) if rows > 8 else x_q,  # 8 rows or fewer are a tile as they are
+        "x_q": pad_tokens(x_q),
         "w": w.reshape(-1, problem.k),
         "x_groups": x_scale,
         "w_blocks": w_scale.reshape(-1, w_scale.shape[-1]),
@@ -184,8 +165,6 @@ def grouped_matmul_a8(
         config,
         interpret,
         *(operands[name] for name in operand_names(problem)),
-        groups=Groups(
-            rows, group_sizes.shape[0], first, problem.experts, _ALIGN, layer is not None
-        ),
+        groups=Groups(rows, total, first, problem.experts, ALIGN, layer is not None),
         into=into,
     )

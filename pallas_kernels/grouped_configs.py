@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from pallas_kernels.a16_configs import A16DecodeConfig, A16PrefillConfig, fitting, most_tokens
+from pallas_kernels.a16_configs import most_tokens
 from pallas_kernels.problem import Problem
 from pallas_kernels.tiles import cdiv, round_up
 
@@ -50,8 +50,8 @@ def prefill_shapes(problem: Problem) -> Iterator[dict[str, int]]:
     yield dict(bm=bm, ring=2, lag=0)
 
 
-def decode_candidates(problem: Problem) -> Iterator[A16DecodeConfig]:
-    """Yield the decode configs worth measuring."""
+def decode_trials(problem: Problem) -> list[dict[str, int]]:
+    """Return the tiles for few rows an expert that are worth measuring."""
     tile = _typical_tile(problem)
     heights = sorted({min(most_tokens(problem), max(8, h)) for h in (tile - 8, tile)})
     shapes = [
@@ -74,16 +74,15 @@ def decode_candidates(problem: Problem) -> Iterator[A16DecodeConfig]:
         for bm in heights
         for nw, records, ring, lag in ((2, 1, 4, 1), (2, 2, 3, 1), (4, 1, 4, 1), (4, 2, 3, 0))
     ]
-    return fitting(A16DecodeConfig, shapes, problem)
+    return shapes
 
 
-def prefill_candidates(problem: Problem) -> Iterator[A16PrefillConfig]:
-    """Yield the prefill configs worth measuring."""
+def prefill_trials(problem: Problem) -> list[dict[str, int]]:
+    """Return the tiles for many rows an expert that are worth measuring."""
     tile = round_up(_typical_tile(problem), 16)
     heights = {h for h in (tile - 16, tile, 64, 96, 128, 144) if 32 <= h <= 256 and h < 4 * tile}
-    shapes = [
+    return [
         dict(bm=bm, nw=nw, ring=ring, lag=lag)
         for bm in sorted(heights)
         for nw, ring, lag in ((1, 2, 0), (2, 2, 0), (2, 4, 1), (4, 4, 1))
     ]
-    return fitting(A16PrefillConfig, shapes, problem)

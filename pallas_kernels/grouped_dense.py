@@ -22,40 +22,32 @@ from pallas_kernels.a8_prefill_configs import (
     grouped_prefill_candidates,
     grouped_prefill_default,
 )
+from pallas_kernels.a8_problem import ALIGN
+from pallas_kernels.group_problem import rows_of_experts
 from pallas_kernels.group_tiles import Groups, sizes_of_layer
 from pallas_kernels.problem import (
     Config,
     Kernel,
     KernelError,
     Problem,
+    Shaped,
     current_device,
-    require_hopper,
+    require_tiles,
     select,
 )
-from pallas_kernels.tiles import cdiv, pad_rows
+from pallas_kernels.tiles import pad_tokens
 
 OP = "grouped_matmul_dense"
-# Rows at whose multiples tiles begin: TMA cuts x in tiles of 8 rows.
-_ALIGN = 8
-Array = jax.Array | jax.ShapeDtypeStruct
-
-
-def _refuses(problem: Problem) -> str | None:
-    if reason := require_hopper(problem):
-        return reason
-    if problem.n % 64 or problem.k % 64:
-        return f"N and K must be multiples of 64, not N={problem.n}, K={problem.k}"
-    return None
 
 
 def _refuses_many(problem: Problem) -> str | None:
     few = problem.m <= 96 * problem.experts
-    return _refuses(problem) or (None if few else "takes at most 96 rows an expert")
+    return require_tiles(problem) or (None if few else "takes at most 96 rows an expert")
 
 
 def _refuses_few(problem: Problem) -> str | None:
     many = problem.m >= problem.experts
-    return _refuses(problem) or (None if many else "takes at least a row an expert")
+    return require_tiles(problem) or (None if many else "takes at least a row an expert")
 
 
 GROUPED_DENSE_KERNELS = (
@@ -81,13 +73,13 @@ GROUPED_DENSE_KERNELS = (
 
 
 def grouped_dense_problem(
-    x: Array,
-    w: Array,
-    group_sizes: Array,
+    x: Shaped,
+    w: Shaped,
+    group_sizes: Shaped,
     *,
     first: int = 0,
-    into: Array | None = None,
-    layer: Array | None = None,
+    into: Shaped | None = None,
+    layer: Shaped | None = None,
 ) -> Problem:
     """Return the problem that the operands of `grouped_matmul_dense` form; only types are read.
 
@@ -104,18 +96,11 @@ def grouped_dense_problem(
             f"x is {x.shape}, w is {w.shape}; they must be [rows, K], a row at least, and "
             f"[{'' if layer is None else 'layers, '}experts, N, K]"
         )
-    (experts, n, k), sizes = w.shape[-3:], group_sizes.shape
-    if len(sizes) != 1 or group_sizes.dtype != jnp.int32 or not 0 <= first <= sizes[0] - experts:
-        raise KernelError(
-            f"group_sizes is {group_sizes.dtype} {sizes}; it must be int32, with a number for each "
-            f"of the experts {first} to {first + experts}"
-        )
-    out = (x.shape[0], n)
-    if into is not None and (into.shape != out or into.dtype != x.dtype):
-        raise KernelError(f"into is {into.dtype} {into.shape}; it must be {x.dtype} {out}")
+    experts, n, k = w.shape[-3:]
+    m = rows_of_experts(OP, (x.shape[0], n), x.dtype, experts, group_sizes, first, into)
     return Problem(
         op=OP,
-        m=cdiv(x.shape[0] * experts, sizes[0]),
+        m=m,
         n=n,
         k=k,
         x_dtype=x.dtype.name,
@@ -161,16 +146,14 @@ def grouped_matmul_dense(
     """
     problem = grouped_dense_problem(x, w, group_sizes, first=first, into=into, layer=layer)
     kernel, config = select(GROUPED_DENSE_KERNELS, problem, config)
-    rows = x.shape[0]
+    rows, total = x.shape[0], group_sizes.shape[0]
     return kernel.fn(
         problem,
         config,
         interpret,
-        pad_rows(x, 8) if rows > 8 else x,  # 8 rows or fewer are a tile as they are
+        pad_tokens(x),
         w.reshape(-1, problem.k),
         sizes_of_layer(group_sizes, layer),
-        groups=Groups(
-            rows, group_sizes.shape[0], first, problem.experts, _ALIGN, layer is not None
-        ),
+        groups=Groups(rows, total, first, problem.experts, ALIGN, layer is not None),
         into=into,
     )

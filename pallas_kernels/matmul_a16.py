@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.a16_configs import (
-    A16DecodeConfig,
-    A16PrefillConfig,
-    accepts_hopper,
-    decode_candidates,
+    ExactConfig,
+    RoundedConfig,
     decode_shapes,
+    decode_trials,
+    first_fitting,
     fitting,
     most_tokens,
-    prefill_candidates,
     prefill_shapes,
+    prefill_trials,
 )
-from pallas_kernels.epilogue import Epilogue, Term
-from pallas_kernels.prepack import Prepacked, factor_name
-from pallas_kernels.problem import (
-    Config,
-    Kernel,
-    KernelError,
-    Problem,
-    current_device,
-    select,
-)
-from pallas_kernels.record import E8M0, Record
-from pallas_kernels.stream import stream_matmul
-from pallas_kernels.stream_config import (
-    StreamConfig,
-    factor_of,
-    record_of,
-    scale_name,
-    zero_name,
-)
-from pallas_kernels.tiles import pad_rows, round_up
-
-HALF_TYPES = ("bfloat16", "float16")
+from pallas_kernels.prepack import Prepacked
+from pallas_kernels.problem import Config, Kernel, KernelError, Problem, Shaped, require_tiles
+from pallas_kernels.stream_config import record_of
+from pallas_kernels.stream_problem import HALF_TYPES, check_operands, problem_of, run, run_padded
 
 
 def _scales_weights(problem: Problem) -> bool:
@@ -49,48 +30,8 @@ def _scales_weights(problem: Problem) -> bool:
     return record.code == "uint4" and record.group == 32 and not record.rounded
 
 
-def epilogue_of(problem: Problem) -> Epilogue:
-    """Return the epilogue: factors of the weight, scales and sums of tokens, the bias."""
-    terms = []
-    factor = factor_of(problem)
-    if factor:
-        terms.append(Term("w_scale", "n" if factor == "n" else "one", jnp.float32))
-    if problem.x_scale == "token":
-        along = "m" if problem.m > 1 else "one"  # a vector of one would have to be padded first
-        terms.append(Term("x_scale", along, jnp.float32))
-        if problem.zero == "offset":
-            terms += [Term("x_sum", along, jnp.float32), Term("w_offset", "n", jnp.float32)]
-    if problem.bias:
-        terms.append(Term("bias", "n", jnp.dtype(problem.bias)))
-    return Epilogue(tuple(terms), True, jnp.dtype(problem.out_dtype))
-
-
-def _run(
-    rounded: bool,
-    problem: Problem,
-    config: StreamConfig,
-    interpret: bool,
-    record: Record,
-    *operands: jax.Array,
-) -> jax.Array:
-    name = "matmul_a16_prefill" if rounded else "matmul_a16_decode"
-    rounded = rounded or record.rounded
-    epilogue = epilogue_of(problem)
-    return stream_matmul(
-        problem, config, interpret, record, epilogue, *operands, rounded=rounded, name=name
-    )
-
-
-def _default_decode(problem: Problem) -> StreamConfig:
-    return next(fitting(A16DecodeConfig, decode_shapes(problem), problem))
-
-
-def _default_prefill(problem: Problem) -> StreamConfig:
-    return next(fitting(A16PrefillConfig, prefill_shapes(problem), problem))
-
-
 def _accepts_few(problem: Problem) -> str | None:
-    if reason := accepts_hopper(problem):
+    if reason := require_tiles(problem):
         return reason
     if _scales_weights(problem):
         return "leaves groups of 32 to the kernel that rounds scales into the weights"
@@ -99,7 +40,7 @@ def _accepts_few(problem: Problem) -> str | None:
 
 
 def _accepts_many(problem: Problem) -> str | None:
-    if reason := accepts_hopper(problem):
+    if reason := require_tiles(problem):
         return reason
     if problem.m > 32 or _scales_weights(problem):
         return None
@@ -109,30 +50,30 @@ def _accepts_many(problem: Problem) -> str | None:
 A16_DECODE = Kernel(
     name="a16_decode",
     op="matmul_a16",
-    config_type=A16DecodeConfig,
-    fn=functools.partial(_run, False),
+    config_type=ExactConfig,
+    fn=functools.partial(run, "matmul_a16_decode", False),
     accepts=_accepts_few,
-    default_config=_default_decode,
-    candidates=decode_candidates,
+    default_config=functools.partial(first_fitting, ExactConfig, decode_shapes),
+    candidates=functools.partial(fitting, ExactConfig, decode_trials),
 )
 A16_PREFILL = Kernel(
     name="a16_prefill",
     op="matmul_a16",
-    config_type=A16PrefillConfig,
-    fn=functools.partial(_run, True),
+    config_type=RoundedConfig,
+    fn=functools.partial(run, "matmul_a16_prefill", True),
     accepts=_accepts_many,
-    default_config=_default_prefill,
-    candidates=prefill_candidates,
+    default_config=functools.partial(first_fitting, RoundedConfig, prefill_shapes),
+    candidates=functools.partial(fitting, RoundedConfig, prefill_trials),
 )
 A16_KERNELS = (A16_DECODE, A16_PREFILL)
 
 
 def a16_problem(
-    x: jax.Array | jax.ShapeDtypeStruct,
+    x: Shaped,
     weight: Prepacked,
     *,
-    bias: jax.Array | jax.ShapeDtypeStruct | None = None,
-    perm: jax.Array | jax.ShapeDtypeStruct | None = None,
+    bias: Shaped | None = None,
+    perm: Shaped | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
 ) -> Problem:
     """Return the problem that the operands of `matmul_a16` form; only shapes and dtypes are read.
@@ -144,87 +85,7 @@ def a16_problem(
     check_operands("matmul_a16", x, weight, 16, HALF_TYPES, bias, out)
     if perm is not None and (perm.shape != (weight.k,) or perm.dtype != jnp.int32):
         raise KernelError(f"perm is {perm.shape} {perm.dtype}; it must be ({weight.k},) int32")
-    return problem_of("matmul_a16", x, weight, bias, out)
-
-
-def check_operands(
-    op: str,
-    x: jax.Array | jax.ShapeDtypeStruct,
-    weight: Prepacked,
-    operand: int,
-    x_dtypes: tuple[str, ...],
-    bias: jax.Array | jax.ShapeDtypeStruct | None,
-    out: jnp.dtype,
-) -> None:
-    """Refuse operands that no kernel of `op` could take.
-
-    Raises:
-        KernelError: says what was found and what is needed.
-    """
-    if weight.records.ndim != 3:
-        lead = weight.records.shape[:-3]
-        raise KernelError(f"{op}: the weight is stacked {lead}; map or scan over it")
-    check_types(op, x, weight, operand, x_dtypes, out)
-    bias_types = (jnp.float32, jnp.bfloat16, jnp.float16)
-    if bias is not None and (bias.shape != (weight.n,) or bias.dtype not in bias_types):
-        raise KernelError(
-            f"{op}: bias is {bias.shape} {bias.dtype}; it must be ({weight.n},) float32, "
-            "bfloat16 or float16"
-        )
-
-
-def check_types(
-    op: str,
-    x: jax.Array | jax.ShapeDtypeStruct,
-    weight: Prepacked,
-    operand: int,
-    x_dtypes: tuple[str, ...],
-    out: jnp.dtype,
-) -> None:
-    """Refuse activations, a weight and a result that do not go together, stacked or not.
-
-    Raises:
-        KernelError: says what was found and what is needed.
-    """
-    record = weight.record
-    if record.operand != operand:
-        raise KernelError(
-            f"{op}: the weight is packed for {record.operand}-bit operands; "
-            f"pack it with operand={operand}"
-        )
-    if len(x.shape) != 2 or x.shape[1] != weight.k or not x.shape[0]:
-        raise KernelError(f"{op}: x is {x.shape}; it must be [M, {weight.k}] with M at least 1")
-    if x.dtype.name not in x_dtypes:
-        raise KernelError(f"{op}: x is {x.dtype}; it must be {' or '.join(x_dtypes)}")
-    if record.scale_dtype == E8M0 and record.operand == 16 and x.dtype != jnp.bfloat16:
-        raise KernelError(f"{op}: x is {x.dtype}; e8m0 scales need the range of bfloat16")
-    if out.name not in HALF_TYPES:
-        raise KernelError(f"{op}: out_dtype is {out}; it must be {' or '.join(HALF_TYPES)}")
-
-
-def problem_of(
-    op: str,
-    x: jax.Array | jax.ShapeDtypeStruct,
-    weight: Prepacked,
-    bias: jax.Array | jax.ShapeDtypeStruct | None,
-    out: jnp.dtype,
-    x_scale: str = "none",
-) -> Problem:
-    """Return the problem of checked operands."""
-    return Problem(
-        op=op,
-        m=x.shape[0],
-        n=weight.n,
-        k=weight.k,
-        x_dtype=x.dtype.name,
-        w_dtype=weight.record.code,
-        out_dtype=out.name,
-        x_scale=x_scale,
-        w_scale=scale_name(weight.record, factor_name(weight)),
-        zero=zero_name(weight.record),
-        bias="" if bias is None else bias.dtype.name,
-        device=current_device(),
-    )
+    return problem_of("matmul_a16", x, weight, out, bias)
 
 
 @functools.partial(jax.jit, static_argnames=("out_dtype", "config", "interpret"))
@@ -269,28 +130,3 @@ def matmul_a16(
         x = jnp.take(x, perm, axis=1)
     vectors = () if bias is None else (bias,)
     return run_padded(A16_KERNELS, problem, config, interpret, weight, x, vectors)
-
-
-def run_padded(
-    kernels: tuple[Kernel, ...],
-    problem: Problem,
-    config: Config | None,
-    interpret: bool,
-    weight: Prepacked,
-    x: jax.Array,
-    vectors: tuple[jax.Array, ...],
-) -> jax.Array:
-    """Select a kernel and run it on a row count that TMA takes: up to 8, or a multiple of 8."""
-    m = problem.m
-    padded = m if m <= 8 else round_up(m, 8)
-    problem = dataclasses.replace(problem, m=padded)
-    kernel, chosen = select(kernels, problem, config)
-    if interpret and config is None:
-        # The interpreter runs warpgroups on as many threads as the host has cores, and hangs when
-        # those all wait for a warpgroup that has none.
-        chosen = dataclasses.replace(chosen, nw=1, kw=1)
-    x = pad_rows(x, padded) if padded > m else x
-    vectors = vectors if weight.factor is None else (weight.factor, *vectors)
-    out = kernel.fn(problem, chosen, interpret, weight.record, x, weight.records, *vectors)
-    assert isinstance(out, jax.Array)
-    return out[:m] if padded > m else out

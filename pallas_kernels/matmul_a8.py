@@ -11,22 +11,22 @@ import jax.numpy as jnp
 from pallas_kernels.a8_decode import DECODE
 from pallas_kernels.a8_prefill import PREFILL
 from pallas_kernels.a8_problem import GROUP, operand_names
-from pallas_kernels.problem import Config, KernelError, Problem, current_device, select
-from pallas_kernels.tiles import cdiv, pad_columns, pad_rows, round_up
+from pallas_kernels.problem import Config, KernelError, Problem, Shaped, current_device, select
+from pallas_kernels.tiles import cdiv, pad_columns, pad_tokens, round_up
 
 A8_KERNELS = (DECODE, PREFILL)
 
 
 def a8_problem(
-    x_q: jax.Array | jax.ShapeDtypeStruct,
-    x_scale: jax.Array | jax.ShapeDtypeStruct,
-    w: jax.Array | jax.ShapeDtypeStruct,
-    w_scale: jax.Array | jax.ShapeDtypeStruct,
+    x_q: Shaped,
+    x_scale: Shaped,
+    w: Shaped,
+    w_scale: Shaped,
     *,
     w_block: tuple[int, int] | None = None,
-    bias: jax.Array | jax.ShapeDtypeStruct | None = None,
-    x_zero: jax.Array | jax.ShapeDtypeStruct | None = None,
-    w_sum: jax.Array | jax.ShapeDtypeStruct | None = None,
+    bias: Shaped | None = None,
+    x_zero: Shaped | None = None,
+    w_sum: Shaped | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
 ) -> Problem:
     """Return the problem that the operands of `matmul_a8` form; only shapes and dtypes are read.
@@ -145,13 +145,11 @@ def matmul_a8(
         w_sum=w_sum,
         out_dtype=out_dtype,
     )
-    # TMA cuts x_q and the result in tiles of 8 rows; fewer rows than that need no padding.
-    m = problem.m
-    padded = m if m <= 8 else round_up(m, 8)
-    problem = dataclasses.replace(problem, m=padded)
+    m, x_q = problem.m, pad_tokens(x_q)
+    problem = dataclasses.replace(problem, m=x_q.shape[0])
     kernel, config = select(A8_KERNELS, problem, config)
     operands = {
-        "x_q": pad_rows(x_q, 8) if padded > m else x_q,
+        "x_q": x_q,
         "w": w,
         "x_groups": x_scale,
         "w_blocks": w_scale,
@@ -166,4 +164,4 @@ def matmul_a8(
     out = kernel.fn(
         problem, config, interpret, *(operands[name] for name in operand_names(problem))
     )
-    return out[:m] if padded > m else out
+    return out[:m] if m < problem.m else out

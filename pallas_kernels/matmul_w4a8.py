@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterator
 
@@ -10,48 +9,23 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.a16_configs import (
-    accepts_hopper,
+    ExactConfig,
+    RoundedConfig,
     decode_shapes,
-    exceeds_registers,
-    few_tokens,
+    first_fitting,
     fitting,
-    many_tokens,
     prefill_shapes,
-)
-from pallas_kernels.matmul_a16 import (
-    check_operands,
-    epilogue_of,
-    problem_of,
-    run_padded,
+    prefill_trials,
 )
 from pallas_kernels.prepack import Prepacked
-from pallas_kernels.problem import Config, Kernel, KernelError, Problem
-from pallas_kernels.record import Record
-from pallas_kernels.stream import stream_matmul
-from pallas_kernels.stream_config import StreamConfig, record_of
+from pallas_kernels.problem import Config, Kernel, KernelError, Problem, Shaped, require_tiles
+from pallas_kernels.stream_config import record_of
+from pallas_kernels.stream_problem import check_operands, problem_of, run, run_padded
 from pallas_kernels.tiles import pad_rows
 
 
-@dataclasses.dataclass(frozen=True)
-class W4A8Config(StreamConfig):
-    """Tiles of the W4A8 kernel that scales the sums of every group in f32."""
-
-    def refuses(self, problem: Problem) -> str | None:
-        """Return why this config cannot run `problem`, or None."""
-        return exceeds_registers(self, problem) or super().refuses(problem)
-
-
-@dataclasses.dataclass(frozen=True)
-class W4A8WholeConfig(StreamConfig):
-    """Tiles of the W4A8 kernel that adds int8 operands over all of k in int32."""
-
-    def refuses(self, problem: Problem) -> str | None:
-        """Return why this config cannot run `problem`, or None."""
-        return "needs a ring of 2 steps" if self.ring == 1 else super().refuses(problem)
-
-
 def _accepts(whole: bool, problem: Problem) -> str | None:
-    if reason := accepts_hopper(problem):
+    if reason := require_tiles(problem):
         return reason
     if record_of(problem).rounded == whole:
         return None
@@ -59,60 +33,38 @@ def _accepts(whole: bool, problem: Problem) -> str | None:
 
 
 def _shapes(problem: Problem) -> Iterator[dict[str, int]]:
-    """Yield tiles for codes that become int8 operands, the likeliest first."""
-    yield from (decode_shapes if problem.m <= 64 else prefill_shapes)(problem)
+    """Return tiles for codes that become int8 operands, the likeliest first."""
+    return (decode_shapes if problem.m <= 64 else prefill_shapes)(problem)
 
 
-def _candidates(problem: Problem) -> Iterator[W4A8Config]:
-    """Yield the configs worth measuring."""
-    return fitting(W4A8Config, decode_shapes(problem), problem)
-
-
-def _whole_candidates(problem: Problem) -> Iterator[W4A8WholeConfig]:
-    shapes = few_tokens if problem.m <= 32 else many_tokens
-    return fitting(W4A8WholeConfig, shapes(problem), problem)
-
-
-def _run(
-    problem: Problem,
-    config: StreamConfig,
-    interpret: bool,
-    record: Record,
-    *operands: jax.Array,
-) -> jax.Array:
-    epilogue, rounded = epilogue_of(problem), record.rounded
-    return stream_matmul(
-        problem, config, interpret, record, epilogue, *operands, rounded=rounded, name="matmul_w4a8"
-    )
-
-
+_RUN = functools.partial(run, "matmul_w4a8", False)
 W4A8 = Kernel(
     name="w4a8",
     op="matmul_w4a8",
-    config_type=W4A8Config,
-    fn=_run,
+    config_type=ExactConfig,
+    fn=_RUN,
     accepts=functools.partial(_accepts, False),
-    default_config=lambda problem: next(fitting(W4A8Config, decode_shapes(problem), problem)),
-    candidates=_candidates,
+    default_config=functools.partial(first_fitting, ExactConfig, decode_shapes),
+    candidates=functools.partial(fitting, ExactConfig, decode_shapes),
 )
 W4A8_WHOLE = Kernel(
     name="w4a8_whole",
     op="matmul_w4a8",
-    config_type=W4A8WholeConfig,
-    fn=_run,
+    config_type=RoundedConfig,
+    fn=_RUN,
     accepts=functools.partial(_accepts, True),
-    default_config=lambda problem: next(fitting(W4A8WholeConfig, _shapes(problem), problem)),
-    candidates=_whole_candidates,
+    default_config=functools.partial(first_fitting, RoundedConfig, _shapes),
+    candidates=functools.partial(fitting, RoundedConfig, prefill_trials),
 )
 W4A8_KERNELS = (W4A8, W4A8_WHOLE)
 
 
 def w4a8_problem(
-    x_q: jax.Array | jax.ShapeDtypeStruct,
-    x_scale: jax.Array | jax.ShapeDtypeStruct,
+    x_q: Shaped,
+    x_scale: Shaped,
     weight: Prepacked,
     *,
-    bias: jax.Array | jax.ShapeDtypeStruct | None = None,
+    bias: Shaped | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
 ) -> Problem:
     """Return the problem that the operands of `matmul_w4a8` form.
@@ -129,7 +81,7 @@ def w4a8_problem(
         )
     if weight.record.rounded and x_q.dtype != jnp.int8:
         raise KernelError(f"matmul_w4a8: x_q is {x_q.dtype}; this weight becomes int8 operands")
-    return problem_of("matmul_w4a8", x_q, weight, bias, out, x_scale="token")
+    return problem_of("matmul_w4a8", x_q, weight, out, bias, x_scale="token")
 
 
 @functools.partial(jax.jit, static_argnames=("out_dtype", "config", "interpret"))

@@ -18,6 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# An operand from which a problem is formed: only its shape and dtype are read.
+Shaped = jax.Array | jax.ShapeDtypeStruct
+
 
 class KernelError(ValueError):
     """No kernel takes a problem, or an operand breaks an op's contract.
@@ -195,6 +198,15 @@ def require_hopper(problem: Problem) -> str | None:
         f"needs compute capability 9.0, and {problem.device.name} "
         f"has {problem.device.capability or 'none'}"
     )
+
+
+def require_tiles(problem: Problem) -> str | None:
+    """Return the refusal shared by all matmul kernels, whose tiles are 64 channels wide."""
+    if reason := require_hopper(problem):
+        return reason
+    if problem.n % 64 or problem.k % 64:
+        return f"N and K must be multiples of 64, not N={problem.n}, K={problem.k}"
+    return None
 
 
 # All Hopper cards have the same multiprocessors: what was measured on an H200 serves those that

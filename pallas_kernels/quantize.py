@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.problem import Config, KernelError, Problem, current_device, select
+from pallas_kernels.problem import Config, KernelError, Problem, Shaped, current_device, select
 from pallas_kernels.quantize_rows import LARGEST, QUANTIZE_KERNELS
 
 ScaleLayout = Literal["token", "1x128", "tensor"]
@@ -29,16 +29,16 @@ class Quantized(NamedTuple):
 
 
 def quantize_problem(
-    x: jax.Array | jax.ShapeDtypeStruct,
+    x: Shaped,
     *,
     dtype: jax.typing.DTypeLike,
     layout: ScaleLayout,
-    scale: jax.Array | jax.ShapeDtypeStruct | None = None,
-    zero: jax.Array | jax.ShapeDtypeStruct | None = None,
+    scale: Shaped | None = None,
+    zero: Shaped | None = None,
     symmetric: bool = True,
-    rms_weight: jax.Array | jax.ShapeDtypeStruct | None = None,
+    rms_weight: Shaped | None = None,
     gated: bool = False,
-    source: jax.Array | jax.ShapeDtypeStruct | None = None,
+    source: Shaped | None = None,
 ) -> Problem:
     """Return the problem that the operands of `quantize` form; only shapes and dtypes are read.
 

@@ -21,11 +21,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.a8_problem import GROUP
 from pallas_kernels.launch import GRID, WARPGROUP, launch
 from pallas_kernels.problem import Config, Kernel, Problem, require_hopper
 from pallas_kernels.tiles import load, load_global, round_up, scale_rows, silu, store_global
 
-GROUP = 128
 # Largest code of each type, and the least amplitude taken for a row, so that zeros divide well.
 LARGEST = {"float8_e4m3fn": 448.0, "int8": 127.0}
 TINY = 1e-30

@@ -7,6 +7,7 @@ that multiplies would leave the tensor cores idle meanwhile, and the registers w
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,13 +35,11 @@ class Relay:
     """A queue of tiles in shared memory; every reader hears each of them.
 
     Attributes:
-        tiles_sm, tiles_full, tiles_empty: what `relay_scratch` asked for.
+        scratch: what `relay_scratch` asked for, among others.
         interpret: whether the interpreter runs this.
     """
 
-    tiles_sm: Any
-    tiles_full: Any
-    tiles_empty: Any
+    scratch: Mapping[str, Any]
     interpret: bool
 
     def tell(self, tile: Tile, count: Any) -> None:
@@ -49,20 +48,20 @@ class Relay:
 
         @pl.when(count >= _SLOTS)
         def _():
-            plgpu.barrier_wait(self.tiles_empty.at[s])
+            plgpu.barrier_wait(self.scratch["tiles_empty"].at[s])
 
         for i, number in enumerate(tile):
-            self.tiles_sm[s, i] = number
-        plgpu.barrier_arrive(self.tiles_full.at[s])
+            self.scratch["tiles_sm"][s, i] = number
+        plgpu.barrier_arrive(self.scratch["tiles_full"].at[s])
 
     def hear(self, count: Any) -> Tile:
         """Return the tile before which there were `count` others."""
         s = slot(count, _SLOTS)
-        plgpu.barrier_wait(self.tiles_full.at[s])
-        tile = Tile(*(self.tiles_sm[s, i] for i in range(3)))
-        release(self.tiles_empty.at[s], self.interpret)
+        plgpu.barrier_wait(self.scratch["tiles_full"].at[s])
+        tile = Tile(*(self.scratch["tiles_sm"][s, i] for i in range(3)))
+        release(self.scratch["tiles_empty"].at[s], self.interpret)
         return tile
 
     def close(self, count: Any) -> None:
         """Wait until all `count` tiles have been heard."""
-        drain(self.tiles_empty, count, _SLOTS)
+        drain(self.scratch["tiles_empty"], count, _SLOTS)

@@ -200,6 +200,11 @@ def pad_rows(x: jax.Array, multiple: int) -> jax.Array:
     return jnp.pad(x, ((0, missing),) + ((0, 0),) * (x.ndim - 1)) if missing else x
 
 
+def pad_tokens(x: jax.Array) -> jax.Array:
+    """Pad rows to a multiple of 8; 8 rows or fewer are a tile as they are."""
+    return pad_rows(x, 8) if x.shape[0] > 8 else x
+
+
 def pad_columns(x: jax.Array, multiple: int) -> jax.Array:
     """Pad the last axis with zeros to a multiple (TMA wants row pitches of 16 bytes)."""
     missing = -x.shape[-1] % multiple

@@ -1,8 +1,4 @@
-"""jax.numpy implementations of the ops, with the signatures of the kernels.
-
-They run on every device and are what other GPUs, CPUs and TPUs get.  `config` and `interpret` are
-accepted, so that a caller can swap one for the other, and have no effect.
-"""
+"""The ops on plain operands in jax.numpy, on any device: what kernels are compared with."""
 
 from __future__ import annotations
 
@@ -13,12 +9,11 @@ from jax import lax
 from pallas_kernels.a8_problem import GROUP
 from pallas_kernels.grouped_a8 import grouped_a8_problem
 from pallas_kernels.matmul_a8 import a8_problem
-from pallas_kernels.problem import Config
 from pallas_kernels.quantize import Quantized, ScaleLayout, quantize_problem
 from pallas_kernels.quantize_rows import LARGEST, TINY
 
 
-def _contract(x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+def contract(x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Return x @ w.T, added in `dtype`."""
     return lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
 
@@ -40,15 +35,12 @@ def matmul_a8(
     x_zero: jax.Array | None = None,
     w_sum: jax.Array | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
-    config: Config | None = None,
-    interpret: bool = False,
 ) -> jax.Array:
     """Multiply quantized activations by quantized weights: y = x @ w.T + bias.
 
     The contract is that of `pallas_kernels.matmul_a8`, without limits on N and K.  Scales along K
     are applied to operands rounded to bfloat16, so that one matmul does the work.
     """
-    del config, interpret
     problem = a8_problem(
         x_q,
         x_scale,
@@ -67,9 +59,9 @@ def matmul_a8(
         if w_block is not None:
             w_scale = _spread(w_scale, w_block, w.shape)
         x = (x_q.astype(jnp.float32) * x_scale).astype(jnp.bfloat16)
-        y = _contract(x, (w.astype(jnp.float32) * w_scale).astype(jnp.bfloat16), jnp.float32)
+        y = contract(x, (w.astype(jnp.float32) * w_scale).astype(jnp.bfloat16), jnp.float32)
     else:
-        y = _contract(x_q, w, jnp.int32 if x_q.dtype == jnp.int8 else jnp.float32)
+        y = contract(x_q, w, jnp.int32 if x_q.dtype == jnp.int8 else jnp.float32)
         if x_zero is not None and w_sum is not None:
             y = y - x_zero * w_sum
         y = y.astype(jnp.float32) * x_scale * w_scale.T
@@ -87,15 +79,13 @@ def grouped_matmul_a8(
     *,
     w_block: tuple[int, int] | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
-    config: Config | None = None,
-    interpret: bool = False,
 ) -> jax.Array:
     """Multiply each expert's rows by its weights: y[r] = x[r] @ w[expert of r].T.
 
-    The contract is that of `pallas_kernels.grouped_matmul_a8`, without limits on N and K, and rows
-    of no expert are zero.  Products are of bfloat16 operands and added in float32.
+    The contract is that of `pallas_kernels.grouped_matmul_a8` for a weight that has all experts,
+    without limits on N and K, and rows of no expert are zero.  Products are of bfloat16 operands
+    and added in float32.
     """
-    del config, interpret
     problem = grouped_a8_problem(
         x_q, x_scale, w, w_scale, group_sizes, w_block=w_block, out_dtype=out_dtype
     )
@@ -131,14 +121,12 @@ def quantize(
     rms_weight: jax.Array | None = None,
     rms_epsilon: float = 1e-6,
     gated: bool = False,
-    config: Config | None = None,
-    interpret: bool = False,
 ) -> Quantized:
     """Quantize activations, after RMSNorm or a gate where asked.
 
-    The contract is that of `pallas_kernels.quantize`, for any K (a last group may be partial).
+    The contract is that of `pallas_kernels.quantize` without `source`, for any K (a last group may
+    be partial).
     """
-    del config, interpret
     problem = quantize_problem(
         x,
         dtype=dtype,

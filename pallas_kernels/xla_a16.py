@@ -12,6 +12,7 @@ from pallas_kernels.matmul_w4a8 import w4a8_problem
 from pallas_kernels.prepack import Prepacked
 from pallas_kernels.record import CHANNELS, DEPTH
 from pallas_kernels.record_values import values as record_values
+from pallas_kernels.xla import contract
 
 
 def dequantize(weight: Prepacked) -> jax.Array:
@@ -22,10 +23,6 @@ def dequantize(weight: Prepacked) -> jax.Array:
     dense = jnp.swapaxes(blocks, -3, -2).reshape(*lead, weight.n, -1)[..., : weight.k]
     dense = dense if weight.factor is None else dense * weight.factor[..., None]
     return dense if weight.offset is None else dense - weight.offset[..., None]
-
-
-def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    return lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def xla_matmul_a16(
@@ -41,7 +38,7 @@ def xla_matmul_a16(
     if perm is not None:
         # XLA's CPU compiler fails on a dot of bfloat16 whose operand is a gather: keep apart.
         x = lax.optimization_barrier(jnp.take(x, perm, axis=1))
-    y = _dot(x, dequantize(weight).astype(x.dtype))
+    y = contract(x, dequantize(weight).astype(x.dtype), jnp.float32)
     y = y if bias is None else y + bias.astype(jnp.float32)
     return y.astype(problem.out_dtype)
 
@@ -56,7 +53,7 @@ def xla_matmul_w4a8(
 ) -> jax.Array:
     """Do what `matmul_w4a8` does; both operands become float32."""
     problem = w4a8_problem(x_q, x_scale, weight, bias=bias, out_dtype=out_dtype)
-    y = _dot(x_q.astype(jnp.float32), dequantize(weight)) * x_scale
+    y = contract(x_q.astype(jnp.float32), dequantize(weight), jnp.float32) * x_scale
     y = y if bias is None else y + bias.astype(jnp.float32)
     return y.astype(problem.out_dtype)
 
@@ -74,7 +71,10 @@ def xla_grouped_matmul_a16(
     into: jax.Array | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
-    """Do what `grouped_matmul_a16` does, one expert's rows at a time; other rows become zero."""
+    """Do what `grouped_matmul_a16` does without `layer`, one expert's rows at a time.
+
+    Rows of no expert here keep their values in `into`, and are zero without it.
+    """
     problem = grouped_a16_problem(
         x, weight, group_sizes, first=first, into=into, out_dtype=out_dtype
     )
@@ -93,7 +93,7 @@ def xla_grouped_matmul_a16(
 
         def piece(i: jax.Array, out: jax.Array) -> jax.Array:
             row = begin + i * _ROWS
-            y = _dot(lax.dynamic_slice_in_dim(padded, row, _ROWS), w)
+            y = contract(lax.dynamic_slice_in_dim(padded, row, _ROWS), w, jnp.float32)
             mine = row + jnp.arange(_ROWS) < end
             old = lax.dynamic_slice_in_dim(out, row, _ROWS)
             new = jnp.where(mine[:, None], y.astype(out.dtype), old)

@@ -20,8 +20,6 @@ from jaxquant.arrays.scheme import ActSpec
 from jaxquant.formats.base import EXPONENT_DTYPES, TENSOR, Leaf, RawModule, Slot, Spec, numpy_dtype
 from jaxquant.formats.scaled import Side, side
 
-NVFP4_LEVELS = 6.0 * 448.0
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fp4Spec(Spec):

@@ -94,6 +94,10 @@ class Operand:
         """A small leaf of the weight, ``[expert, ...]``."""
         return leaf if self.layer is None else leaf[self.layer]
 
+    def options(self, first: int, into: jax.Array | None) -> dict[str, Any]:
+        """What every kernel is told of a run besides its operands."""
+        return {"first": first, "into": into, "layer": self.layer, "interpret": self.interpret}
+
     def plain(self) -> jax.Array:
         """``[rows, in]`` in the type of ``x``."""
         if None not in self.made:
@@ -173,15 +177,7 @@ def _run_a16(operand: Operand, part: Prepared, first: int, into: jax.Array | Non
             x = x * scale[expert].astype(x.dtype)
         if part.perm is not None:
             x = jnp.take_along_axis(x, operand.own(part.perm)[expert], axis=1)
-    return pk.grouped_matmul_a16(
-        x,
-        part.packed,
-        operand.sizes,
-        first=first,
-        into=into,
-        layer=operand.layer,
-        interpret=operand.interpret,
-    )
+    return pk.grouped_matmul_a16(x, part.packed, operand.sizes, **operand.options(first, into))
 
 
 def _refused_dense(
@@ -191,22 +187,15 @@ def _refused_dense(
         return "axes are not ('out', 'in'): to_axes(q, ('out', 'in'))"
     if part.perm is not None or part.pre_scale is not None:
         return "act-order and pre-scales have no kernel beside plain weights"
-    weight = jax.ShapeDtypeStruct(part.data[0].shape, part.data[0].dtype)
     return kernel_reason(
-        lambda: pk.grouped_dense_problem(x, weight, sizes, first=first), pk.GROUPED_DENSE_KERNELS
+        lambda: pk.grouped_dense_problem(x, part.data[0], sizes, first=first),
+        pk.GROUPED_DENSE_KERNELS,
     )
 
 
 def _run_dense(operand: Operand, part: QTensor, first: int, into: jax.Array | None) -> jax.Array:
-    return pk.grouped_matmul_dense(
-        operand.plain(),
-        part.data[0],
-        operand.sizes,
-        first=first,
-        into=into,
-        layer=operand.layer,
-        interpret=operand.interpret,
-    )
+    x, options = operand.plain(), operand.options(first, into)
+    return pk.grouped_matmul_dense(x, part.data[0], operand.sizes, **options)
 
 
 def _refused_a8(
@@ -218,15 +207,12 @@ def _refused_a8(
     if not part.act.symmetric:
         return "activations with zero points have no grouped kernel"
     codes, x_scale = a8_activation(x, part, _row_layout(part))
-    w, w_scale = (
-        jax.ShapeDtypeStruct(part.data[0].shape, part.data[0].dtype),
-        jax.ShapeDtypeStruct(part.scales[0].shape, jnp.float32),
-    )
+    w_scale = jax.ShapeDtypeStruct(part.scales[0].shape, jnp.float32)
     return kernel_reason(
         lambda: pk.grouped_a8_problem(
             codes,
             x_scale,
-            w,
+            part.data[0],
             w_scale,
             sizes,
             first=first,
@@ -277,10 +263,7 @@ def _run_a8(operand: Operand, part: QTensor, first: int, into: jax.Array | None)
         part.data[0],
         part.scales[0].astype(jnp.float32),
         operand.sizes,
-        first=first,
-        into=into,
-        layer=operand.layer,
         w_block=w_block(part),
         out_dtype=operand.x.dtype,
-        interpret=operand.interpret,
+        **operand.options(first, into),
     )

@@ -49,15 +49,9 @@ def _row(leaf: jax.Array, q: QTensor) -> jax.Array:
 
 
 def _epilogue(q: QTensor) -> bool:
-    """Whether every scale can multiply the result instead of the codes."""
-    i = q.layout.index("in")
-    whole = all(grid[i] == WHOLE for grid in q.layout.scales)
-    return (
-        bool(q.layout.scales)
-        and len(q.layout.scales) == 1
-        and whole
-        and q.layout.affine != "offset"
-    )
+    """Whether the scale can multiply the result instead of the codes."""
+    scales, i = q.layout.scales, q.layout.index("in")
+    return len(scales) == 1 and scales[0][i] == WHOLE and q.layout.affine != "offset"
 
 
 def _code_matrix(q: QTensor) -> jax.Array:

@@ -21,14 +21,9 @@ from a16_cases import (
 from covering import covering
 
 from pallas_kernels import KernelError, matmul_a16, matmul_w4a8, unpack
-from pallas_kernels.a16_configs import A16DecodeConfig, A16PrefillConfig
+from pallas_kernels.a16_configs import ExactConfig, RoundedConfig
 from pallas_kernels.matmul_a16 import A16_KERNELS, a16_problem
-from pallas_kernels.matmul_w4a8 import (
-    W4A8_KERNELS,
-    W4A8Config,
-    W4A8WholeConfig,
-    w4a8_problem,
-)
+from pallas_kernels.matmul_w4a8 import W4A8_KERNELS, w4a8_problem
 from pallas_kernels.problem import H200, select, tuned_table
 from pallas_kernels.xla_a16 import xla_matmul_a16, xla_matmul_w4a8
 
@@ -62,11 +57,10 @@ def xla(case: Case, plain: dict, given: dict) -> np.ndarray:
 @pytest.mark.interpret
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_every_format_under_the_interpreter(interpret, case):
-    config = W4A8Config(8, kw=2) if case.narrow else A16DecodeConfig(8, kw=2)
-    config = W4A8WholeConfig(8, kw=2) if case in WHOLE else config
+    config = (RoundedConfig if case in WHOLE else ExactConfig)(8, kw=2)
     plain = not case.narrow and case.scale != "uint8"
     if plain and (case.code, case.group) == ("uint4", 32):  # rounded, within the bound of exact
-        config = A16PrefillConfig(8, kw=2)
+        config = RoundedConfig(8, kw=2)
     case = dataclasses.replace(case, m=5, n=64, k=case.k if case.k % 128 else 384)
     check_interpreted(interpret, case, config, case in TWO_LEVEL)
 
@@ -85,31 +79,31 @@ def test_chosen_configs_under_the_interpreter(interpret, case):
 @pytest.mark.parametrize("case", [FORMATS[1], FORMATS[4], FORMATS[8], FORMATS[9]], ids=str)
 def test_rounded_scales_under_the_interpreter(interpret, case):
     case = dataclasses.replace(case, m=70, n=128, k=384)
-    check_interpreted(interpret, case, A16PrefillConfig(64, nw=2, ring=2, lag=0), rounded=True)
+    check_interpreted(interpret, case, RoundedConfig(64, nw=2, ring=2, lag=0), rounded=True)
 
 
 @pytest.mark.interpret
 @pytest.mark.parametrize(
     ("m", "n", "k", "config"),
     [
-        (1, 64, 512, A16DecodeConfig(8, slots=2)),
-        (13, 128, 512, A16DecodeConfig(16, slots=2, records=2)),
-        (16, 64, 640, A16DecodeConfig(16, kw=2, slots=3)),
-        (16, 128, 1024, A16DecodeConfig(16, nw=2, ring=3, lag=1)),
-        (16, 128, 768, A16DecodeConfig(16, nw=2, records=2, ring=2, lag=0)),
-        (16, 128, 512, A16DecodeConfig(16, nw=2, ring=4, lag=0)),
-        (64, 64, 256, A16DecodeConfig(64, slots=1)),
-        (100, 64, 256, A16PrefillConfig(128, ring=2, lag=0)),
-        (128, 128, 1152, A16PrefillConfig(64, nw=2, ring=3, lag=1, snake=2)),
-        (64, 64, 896, A16PrefillConfig(64, kw=2, ring=3, lag=1)),
-        (200, 64, 512, A16PrefillConfig(256, ring=2, lag=0)),
-        (16, 64, 896, A16PrefillConfig(16, kw=2, slots=2)),
-        (5, 128, 768, A16PrefillConfig(8, slots=3, records=2)),
+        (1, 64, 512, ExactConfig(8, slots=2)),
+        (13, 128, 512, ExactConfig(16, slots=2, records=2)),
+        (16, 64, 640, ExactConfig(16, kw=2, slots=3)),
+        (16, 128, 1024, ExactConfig(16, nw=2, ring=3, lag=1)),
+        (16, 128, 768, ExactConfig(16, nw=2, records=2, ring=2, lag=0)),
+        (16, 128, 512, ExactConfig(16, nw=2, ring=4, lag=0)),
+        (64, 64, 256, ExactConfig(64, slots=1)),
+        (100, 64, 256, RoundedConfig(128, ring=2, lag=0)),
+        (128, 128, 1152, RoundedConfig(64, nw=2, ring=3, lag=1, snake=2)),
+        (64, 64, 896, RoundedConfig(64, kw=2, ring=3, lag=1)),
+        (200, 64, 512, RoundedConfig(256, ring=2, lag=0)),
+        (16, 64, 896, RoundedConfig(16, kw=2, slots=2)),
+        (5, 128, 768, RoundedConfig(8, slots=3, records=2)),
     ],
     ids=str,
 )
 def test_every_shape_of_config(interpret, m, n, k, config):
-    rounded = isinstance(config, A16PrefillConfig)
+    rounded = isinstance(config, RoundedConfig)
     group = 32 if rounded and m <= 32 else 128
     check_interpreted(interpret, Case(m, n, k, group=group, zero=True), config, rounded)
 
@@ -118,9 +112,9 @@ def test_every_shape_of_config(interpret, m, n, k, config):
 @pytest.mark.parametrize(
     ("case", "config"),
     [
-        (dataclasses.replace(QSERVE_CHANNEL, m=1), W4A8WholeConfig(8)),
-        (dataclasses.replace(QSERVE_GROUP, m=70), W4A8WholeConfig(64, nw=2, ring=2, lag=0)),
-        (dataclasses.replace(QSERVE_CHANNEL, m=70), W4A8WholeConfig(128, ring=3, lag=1)),
+        (dataclasses.replace(QSERVE_CHANNEL, m=1), RoundedConfig(8)),
+        (dataclasses.replace(QSERVE_GROUP, m=70), RoundedConfig(64, nw=2, ring=2, lag=0)),
+        (dataclasses.replace(QSERVE_CHANNEL, m=70), RoundedConfig(128, ring=3, lag=1)),
     ],
     ids=str,
 )
@@ -277,7 +271,7 @@ def test_scales_are_exact_for_few_tokens_but_of_4_bits_in_groups_of_32(case):
 
 def test_refusals_name_every_kernel():
     case = Case(16)
-    other = A16DecodeConfig(16, nw=8)
+    other = ExactConfig(16, nw=8)
     with pytest.raises(KernelError) as error:
         matmul_a16(**case.activations(), weight=case.pack(case.plain()), config=other)
     assert set(error.value.reasons) == {kernel.name for kernel in A16_KERNELS}

@@ -12,7 +12,7 @@ from a16_cases import FORMATS, NVFP4, Case
 from grouped_cases import Groups, patterns, structs
 
 from pallas_kernels import KernelError
-from pallas_kernels.a16_configs import A16DecodeConfig, A16PrefillConfig
+from pallas_kernels.a16_configs import ExactConfig, RoundedConfig
 from pallas_kernels.grouped_a16 import (
     GROUPED_A16_KERNELS,
     grouped_a16_problem,
@@ -26,12 +26,12 @@ PLAIN += [NVFP4, dataclasses.replace(NVFP4, factor=64)]
 UNTOUCHED = 7.0
 TWIN = jax.jit(xla_grouped_matmul_a16, static_argnames="first")
 TILES = (
-    A16DecodeConfig(8, cs=2, records=2),
-    A16DecodeConfig(8, kw=4),
-    A16DecodeConfig(24, nw=2, records=2, ring=3),
-    A16PrefillConfig(48, ring=2, lag=0),
-    A16PrefillConfig(80, nw=4, ring=4),
-    A16PrefillConfig(256, nw=2, ring=2, lag=0),
+    ExactConfig(8, cs=2, records=2),
+    ExactConfig(8, kw=4),
+    ExactConfig(24, nw=2, records=2, ring=3),
+    RoundedConfig(48, ring=2, lag=0),
+    RoundedConfig(80, nw=4, ring=4),
+    RoundedConfig(256, nw=2, ring=2, lag=0),
 )
 
 
@@ -57,7 +57,7 @@ def check_interpreted(interpret, groups: Groups, config) -> None:
         **groups.operands(),
     )
     assert (got[~groups.mine] == UNTOUCHED).all(), "wrote to rows of others"
-    rounded = isinstance(config, A16PrefillConfig)
+    rounded = isinstance(config, RoundedConfig)
     assert error(groups, got) < tolerance(groups, rounded)
 
 
@@ -65,13 +65,13 @@ def check_interpreted(interpret, groups: Groups, config) -> None:
 @pytest.mark.parametrize(
     ("sizes", "config"),
     [
-        ((3, 0, 9, 1), A16DecodeConfig(8)),
-        ((0, 0, 13, 0), A16DecodeConfig(8, kw=2)),
-        ((1, 1, 1, 1, 1, 1, 1, 1), A16DecodeConfig(8, cs=2, records=2)),
-        ((5, 0, 20, 17), A16DecodeConfig(16, nw=2, ring=2, lag=0)),
-        ((30, 0, 0, 3), A16DecodeConfig(24, nw=2, ring=2, lag=0)),
-        ((0, 130, 0, 65), A16PrefillConfig(96, nw=2, ring=2, lag=0)),
-        ((64, 1, 63, 0), A16PrefillConfig(64, kw=2, ring=2, lag=0)),
+        ((3, 0, 9, 1), ExactConfig(8)),
+        ((0, 0, 13, 0), ExactConfig(8, kw=2)),
+        ((1, 1, 1, 1, 1, 1, 1, 1), ExactConfig(8, cs=2, records=2)),
+        ((5, 0, 20, 17), ExactConfig(16, nw=2, ring=2, lag=0)),
+        ((30, 0, 0, 3), ExactConfig(24, nw=2, ring=2, lag=0)),
+        ((0, 130, 0, 65), RoundedConfig(96, nw=2, ring=2, lag=0)),
+        ((64, 1, 63, 0), RoundedConfig(64, kw=2, ring=2, lag=0)),
     ],
     ids=str,
 )
@@ -84,7 +84,7 @@ def test_groups_under_the_interpreter(interpret, sizes, config):
 @pytest.mark.parametrize("case", [PLAIN[i] for i in (2, 8, -2, -1)], ids=str)
 def test_formats_under_the_interpreter(interpret, case):
     case = dataclasses.replace(case, m=12, n=64, k=384)
-    check_interpreted(interpret, Groups(case, (3, 0, 8)), A16DecodeConfig(8, kw=2))
+    check_interpreted(interpret, Groups(case, (3, 0, 8)), ExactConfig(8, kw=2))
 
 
 @pytest.mark.interpret
@@ -94,7 +94,7 @@ def test_runs_of_a_bank_under_the_interpreter(interpret):
     wide = Case(24, n=64, k=256, code="int8", scale="float32")
     runs = [Groups(wide, sizes, 0, 3), Groups(Case(24, n=64, k=256), sizes, 3, 6)]
     out = jnp.full((24, 64), UNTOUCHED, jnp.bfloat16)
-    config = A16DecodeConfig(8)
+    config = ExactConfig(8)
     for run in runs:
         given = {"weight": run.weight(), "config": config, **run.operands()}
         out = interpret(grouped_matmul_a16, into=jnp.asarray(out), **given)
@@ -135,7 +135,7 @@ def test_a_wrong_operand_is_noticed(wrong):
     assert error(groups, got) > 4 * tolerance(groups, rounded=True)
 
 
-def lowered(lower, case: Case, experts: int, config=None) -> None:
+def lowered(lower, case: Case, config=None) -> None:
     text = lower(lambda *operands: grouped_matmul_a16(*operands, config=config), *structs(case, 8))
     assert "mosaic_gpu" in text
 
@@ -144,12 +144,12 @@ def lowered(lower, case: Case, experts: int, config=None) -> None:
     ("case", "m"), zip(PLAIN, itertools.cycle([13, 400]), strict=False), ids=str
 )
 def test_every_format_lowers_to_cuda(lower, case, m):
-    lowered(lower, dataclasses.replace(case, m=m), 8)
+    lowered(lower, dataclasses.replace(case, m=m))
 
 
 @pytest.mark.parametrize("config", TILES, ids=str)
 def test_every_kind_of_tile_lowers_to_cuda(lower, config):
-    lowered(lower, Case(100, n=1024, k=2048), 8, config)
+    lowered(lower, Case(100, n=1024, k=2048), config)
 
 
 def test_the_output_of_a_run_takes_over_a_buffer(lower):
@@ -194,7 +194,7 @@ def test_few_blocks_share_out_k():
         ({"into": np.ones((3, 128), np.float32)}, r"\(3, 128\) bfloat16"),
         ({"out_dtype": "float32"}, "out_dtype"),
     ],
-    ids=str,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
 )
 def test_operands_that_break_the_contract(change, message):
     groups = Groups(Case(3), (1, 2))
