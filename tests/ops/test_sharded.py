@@ -187,8 +187,9 @@ class Layer(nnx.Module):
 
 
 @functools.cache
-def layer_of(formats: tuple[str, ...]) -> Layer:
-    shapes = ((256, 128), (256, 128), (128, 256))
+def layer_of(formats: tuple[str, ...], widths: tuple[int, int] = (256, 128)) -> Layer:
+    inner, hidden = widths
+    shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
     columns = [
         [kind(name, shape, 10 * e + p) for e, name in enumerate(formats)]
         for p, shape in enumerate(shapes)
