@@ -2,9 +2,9 @@
 # Everything that is tested and measured on a Hopper GPU, each step in a process of its own.
 # Usage: benchmarks/gpu_all.sh OUT [STEP[=SECONDS] ...]
 # Steps, by default all in this order: tests peers bench sanitizer moe stack decode drift; a step
-# that lasts longer than its SECONDS is ended.  OUT gets STEP.log and STEP.json.  The bench compares
-# with the peers' times in OUT; the peers step takes vLLM's libraries from PEERS, a folder that
-# benchmarks.gpu_peers.pack makes, and only torch's kernels without it.
+# that lasts longer than its SECONDS is ended.  OUT gets STEP.log, and STEP.json of what measures
+# times.  The bench compares with the peers' times in OUT; the peers step takes vLLM's libraries
+# from PEERS, a folder that benchmarks.gpu_peers.pack makes, or from vLLM where that is installed.
 set -uo pipefail
 out="$(mkdir -p "${1:?folder for the results}" && cd "$1" && pwd)"
 shift

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 from jaxquant.formats.base import FormatWarning
 
@@ -39,7 +40,7 @@ def warn_once(stacklevel: int) -> Iterator[_Current]:
     with warnings.catch_warnings():
         warnings.simplefilter("always", FormatWarning)
 
-        def take(message, category, *where) -> None:  # pyright: ignore[reportMissingParameterType]
+        def take(message: Warning | str, category: type[Warning], *where: Any) -> None:
             if issubclass(category, FormatWarning):
                 current.note(str(message))
             else:

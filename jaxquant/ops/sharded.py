@@ -198,27 +198,6 @@ def stacked(depth: int, part: Any) -> Any:
 # Here and below jit is given functions of the module and static facts, never a closure: equal
 # layers of a model are compiled once.
 @functools.partial(jax.jit, static_argnames=("mesh", "placements", "order"))
-def _cut(
-    values: tuple[QTensor, ...],
-    mesh: Mesh,
-    placements: tuple[Placement, ...],
-    order: Callable[[tuple[QTensor, ...]], Any],
-) -> Any:
-    cuts = Sharded(None, mesh, placements).cuts
-
-    def local(parts: tuple[QTensor, ...]) -> Any:
-        return stacked(len(cuts), order(parts))
-
-    specs = tuple(place.specs(q) for q, place in zip(values, placements, strict=True))
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(specs,),
-        out_specs=PartitionSpec(*cuts),
-        check_vma=False,
-    )(values)
-
-
 def cut(
     values: tuple[QTensor, ...],
     mesh: Mesh,
@@ -233,7 +212,20 @@ def cut(
         placements: of each.
         order: of one device's parts of all of them; a function of a module, equal for equal work.
     """
-    return Sharded(_cut(values, mesh, placements, order), mesh, placements)
+    cuts = Sharded(None, mesh, placements).cuts
+
+    def local(parts: tuple[QTensor, ...]) -> Any:
+        return stacked(len(cuts), order(parts))
+
+    specs = tuple(place.specs(q) for q, place in zip(values, placements, strict=True))
+    made = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(specs,),
+        out_specs=PartitionSpec(*cuts),
+        check_vma=False,
+    )
+    return Sharded(made(values), mesh, placements)
 
 
 def _prepare_one(parts: tuple[QTensor, ...]) -> QTensor | Prepared:
