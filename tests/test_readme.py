@@ -69,6 +69,16 @@ def test_the_checkpoint_example_runs_on_the_bundled_model(tmp_path, monkeypatch)
     exec(one, scope | {"x": jnp.ones((2, width))})
 
 
+def test_the_mesh_example_cuts_the_bundled_model(capsys):
+    bundled = Path(jq.__file__).parent / "bundled" / "tiny-qwen3-moe"
+    scope: dict = {}
+    exec(block_with("make_mesh").replace("Qwen3-30B-A3B-FP8", str(bundled)), scope)
+    assert capsys.readouterr().out.strip()
+    bank = scope["model"].model.layers[0].mlp.experts.gate_proj.get_value()
+    leaf = bank.parts[0].data[0]
+    assert len(leaf.sharding.device_set) == 4 and not leaf.sharding.is_fully_replicated
+
+
 def test_commands_are_real():
     verbs = set(re.findall(r"^jaxquant (\w+)", TEXT, re.M))
     known = next(a for a in _parser()._actions if a.dest == "verb").choices
