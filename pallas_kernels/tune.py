@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.bench.cases import CASES, Case
 from pallas_kernels.bench.timing import copies, kernel_time, program
-from pallas_kernels.bench.workers import Turn, in_processes, share_memory
+from pallas_kernels.bench.workers import in_processes, share_memory
 from pallas_kernels.problem import (
     ENTRY_KEY,
     Config,
@@ -106,8 +106,8 @@ def compile_candidate(
     return Candidate(kernel, config, compiled)
 
 
-def tune(deadline: float, name_and_size: tuple[str, Size], turn: Turn) -> Found:
-    """Measure the candidates of one problem.
+def tune(deadline: float, name_and_size: tuple[str, Size]) -> Callable[[], Found]:
+    """Compile the candidates of one problem, and return what measures them.
 
     The best few and the config in use are measured again in turn: the fastest of many was lucky
     too.
@@ -115,10 +115,9 @@ def tune(deadline: float, name_and_size: tuple[str, Size], turn: Turn) -> Found:
     Args:
         deadline: time of the clock after which nothing is measured.
         name_and_size: of the case.
-        turn: held while the GPU is used.
 
     Raises:
-        TimeoutError: not even the config in use was measured in time.
+        TimeoutError: not even the config in use was measured in time.  What is returned raises it.
     """
     if time.time() > deadline:
         raise TimeoutError("no time left")
@@ -131,7 +130,8 @@ def tune(deadline: float, name_and_size: tuple[str, Size], turn: Turn) -> Found:
     choices = dict.fromkeys([select(case.kernels, problem), *candidates(case, problem)])
     compiled = [compile_candidate(case, *choice, shapes, calls) for choice in choices]
     make = made.compile()
-    with turn:
+
+    def measure() -> Found:
         sets = [make(seed) for seed in range(len(shapes))]
         want = case.reference(sets[0])
 
@@ -156,12 +156,14 @@ def tune(deadline: float, name_and_size: tuple[str, Size], turn: Turn) -> Found:
         for _ in range(ROUNDS):
             for candidate in (in_use, *best):
                 time_again(candidate)
-    ranked = sorted([in_use, *best], key=lambda candidate: candidate.microseconds)
-    ranked += sorted(
-        (c for c in others if c not in best), key=lambda candidate: candidate.microseconds
-    )
-    entries = [entry_of(problem, size, candidate) for candidate in ranked]
-    return Found(entries, round(in_use.microseconds, 2))
+        ranked = sorted([in_use, *best], key=lambda candidate: candidate.microseconds)
+        ranked += sorted(
+            (c for c in others if c not in best), key=lambda candidate: candidate.microseconds
+        )
+        entries = [entry_of(problem, size, candidate) for candidate in ranked]
+        return Found(entries, round(in_use.microseconds, 2))
+
+    return measure
 
 
 def entry_of(problem: Problem, size: Size, candidate: Candidate) -> dict:
@@ -227,8 +229,8 @@ def main() -> None:
     for index, found, why in in_processes(
         functools.partial(tune, time.time() + arguments.seconds),
         [(case.name, size) for case, size in problems],
-        [case.work(*size)[1] for case, size in problems],
-        arguments.jobs,
+        processes=len(problems),
+        at_once=arguments.jobs,
     ):
         case, size = problems[index]
         title = f"{case.name} {'x'.join(map(str, size))}"

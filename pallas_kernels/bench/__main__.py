@@ -1,10 +1,10 @@
 """Time the kernels: `python -m pallas_kernels.bench [--op NAME] [--shape MxNxK] [--json FILE]`.
 
 First the card's own limits are measured: memory bandwidth and dense rates.  Then processes compile
-the problems side by side, and time them one at a time.  For each the command prints microseconds
-(kernel time by CUPTI, and wall time of queued programs), TFLOP/s, TB/s, two floors (fewest bytes
-over the memory bandwidth, operations over the dense rate), the per cent of the longer one, and the
-ratio to each peer of `--against FILE`, a JSON of
+the problems side by side, and when all are compiled time them, one at a time.  For each the command
+prints microseconds (kernel time by CUPTI, and wall time of queued programs), TFLOP/s, TB/s, two
+floors (fewest bytes over the memory bandwidth, operations over the dense rate), the per cent of the
+longer one, and the ratio to each peer of `--against FILE`, a JSON of
 {kernel: {"MxNxK": {"kernel": us, "graph": us}}}, for experts "<tokens>xNxKxE<experts>k<top k>":
 above 1, the peer takes longer.  "kernel" is compared with our kernel time, "graph", the peer's time
 in a replayed CUDA graph, with our wall time.  At the end stand the bars, and which of them hold.
@@ -13,14 +13,12 @@ in a replayed CUDA graph, with our wall time.  At the end stand the bars, and wh
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import datetime
 import functools
 import json
-import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,115 +27,13 @@ import jax
 from pallas_kernels.bench.bars import BARS, Row, standings
 from pallas_kernels.bench.cases import CASES, Case
 from pallas_kernels.bench.limits import Limits, measure_limits
-from pallas_kernels.bench.timing import copies, measure, program
-from pallas_kernels.bench.workers import Turn, in_processes, share_memory
-from pallas_kernels.problem import select
+from pallas_kernels.bench.measuring import prepare
+from pallas_kernels.bench.workers import in_processes, share_memory
 
-Size = tuple[int, int, int]
 Peers = dict[str, dict[str, Any]]
-
-# Floors are of measured limits and expected numbers of experts: a kernel may seem a little faster.
-MERGED = 1.15
 
 # Clock of a peer's time -> the time of ours that it is compared with.
 OURS = {"kernel": "us", "graph": "wall_us"}
-
-
-class ImpossibleError(Exception):
-    """A time that cannot be that of the work."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Calls:
-    """How often a problem is run: operand sets, calls in turn over them, passes of a program, and
-    programs that are queued for one measurement of the wall time."""
-
-    sets: int
-    calls: int
-    loops: int
-    queued: int
-
-
-def calls_of(case: Case, size: Size) -> Calls:
-    """Return how often to run a problem: programs of 1 ms, so that the host is not what is timed,
-    queued for 4 ms, as long as the peers' graphs are replayed for."""
-    operations, nbytes = case.work(*size)
-    sets = copies(nbytes)
-    calls = max(sets, 8 if size[0] <= 512 else 2)
-    expected = max(nbytes / 4e12, operations / 1.5e15) * calls
-    loops = math.ceil(1e-3 / expected)
-    loops = 3 if loops == 2 else loops  # `program` makes no two
-    return Calls(sets, calls, loops, math.ceil(4e-3 / (expected * loops)))
-
-
-def timed(
-    limits: Limits, repeats: int, deadline: float, problem: tuple[str, Size], turn: Turn
-) -> Row:
-    """Compile a problem, and time it when the GPU is free.
-
-    Args:
-        limits: of the card.
-        repeats: programs timed for each median.
-        deadline: time of the clock after which no problem is begun.
-        problem: name of the case, and size.
-        turn: held while the GPU is used.
-
-    Raises:
-        ImpossibleError: faster than the card can be.
-        TimeoutError: too late.
-    """
-    if time.time() > deadline:
-        raise TimeoutError("no time left")
-    name, size = problem
-    case = next(case for case in CASES if case.name == name)
-    compiled = prepare(case, size)
-    with turn:
-        return run(case, size, compiled, limits, repeats)
-
-
-def prepare(case: Case, size: Size) -> tuple[Callable, Callable]:
-    """Compile a problem: seed -> operands, and the program; nothing is put on the device yet."""
-    count = calls_of(case, size)
-    make = case.operands.lower(*size, 0)
-    shapes = [make.out_info] * count.sets
-    call = program(lambda given: case.call(given, None), shapes, count.calls, count.loops)
-    return make.compile(), call
-
-
-def run(
-    case: Case, size: Size, compiled: tuple[Callable, Callable], limits: Limits, repeats: int
-) -> Row:
-    """Time one problem with the config that selection chooses.
-
-    Raises:
-        ImpossibleError: faster than the card can be.
-    """
-    count = calls_of(case, size)
-    make, call = compiled
-    sets = [make(seed) for seed in range(count.sets)]
-    operations, nbytes = case.work(*size)
-    kernel, config = select(case.kernels, case.problem(sets[0]))
-    timing = measure(call, sets, count.calls * count.loops, repeats, count.queued)
-    floors = limits.floors(operations, nbytes, case.rate)
-    if max(floors) > MERGED * timing.kernel:
-        raise ImpossibleError(
-            f"{timing.kernel:.1f} us where the card needs {max(floors):.1f}: "
-            "XLA has removed some of the calls, or the limits were measured wrong"
-        )
-    return {
-        "op": case.name,
-        "shape": "x".join(map(str, size)),
-        "us": round(timing.kernel, 2),
-        "wall_us": round(timing.wall, 2),
-        "tflops": round(operations / timing.kernel * 1e-6, 1),
-        "tb_s": round(nbytes / timing.kernel * 1e-6, 3),
-        "bytes_us": round(floors[0], 2),
-        "operations_us": round(floors[1], 2),
-        "of_floor": round(max(floors) / timing.kernel, 3),
-        "of_memory": round(floors[0] / timing.kernel, 3),
-        "kernel": kernel.name,
-        "config": str(config),
-    }
 
 
 def rows_of(shape: str) -> str:
@@ -229,13 +125,13 @@ def main() -> None:
     ]
     rows: dict[int, Row] = {}
     left_out: list[str] = []
-    work = functools.partial(timed, limits, arguments.repeats, time.time() + arguments.seconds)
+    deadline = time.time() + arguments.seconds
     try:
         for index, row, why in in_processes(
-            work,
+            functools.partial(prepare, limits, arguments.repeats, deadline),
             [(case.name, size) for case, size in problems],
-            [case.work(*size)[1] for case, size in problems],
-            arguments.jobs,
+            processes=arguments.jobs,
+            at_once=arguments.jobs,
         ):
             case, size = problems[index]
             if why:

@@ -1,40 +1,23 @@
-"""Problems spread over processes, which compile side by side and use the GPU one at a time.
+"""Problems spread over processes: they compile side by side, and then use the GPU one at a time.
 
-Processes, because lowering a kernel is Python: threads would take turns.
+Processes, because lowering a kernel is Python: threads would take turns.  While one uses the GPU
+none compiles, because a busy host delays launches, and a process that is done ends, because memory
+of the GPU that a process once had stays with it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import multiprocessing
 import os
-import queue
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
-# Bytes of one operand set above which a problem goes to the first process: memory that a process
-# once had stays with it, and the card does not hold the largest problems of all processes.
-HEAVY = 5e8
-
-
-@dataclasses.dataclass
-class Turn:
-    """A lock between processes, free again when its holder dies: `with turn:`."""
-
-    path: str
-
-    def __enter__(self) -> None:
-        self._file = open(self.path)
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-
-Work = Callable[[Any, Turn], Any]
+Prepare = Callable[[Any], Callable[[], Any]]
 Found = tuple[int, Any, str]
 
 
@@ -43,64 +26,66 @@ def share_memory() -> None:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
 
-def shares_of(nbytes: Sequence[float], jobs: int) -> list[list[int]]:
-    """Return the indices of the problems of each process, the large ones all in one."""
-    heavy = [i for i, size in enumerate(nbytes) if size > HEAVY]
-    light = [i for i, size in enumerate(nbytes) if size <= HEAVY]
-    others = max(jobs - bool(heavy), 1)
-    shares = [light[i::others] for i in range(others)]
-    if heavy:
-        shares = [heavy + shares[0]] if jobs == 1 else [heavy, *shares]
-    return [share for share in shares if share]
+def _why(error: Exception) -> str:
+    traceback.print_exc()
+    message = (str(error).splitlines() or [""])[0][:160]
+    return f"{type(error).__name__} {message}"
 
 
-def _worker(work: Work, tasks: list[tuple[int, Any]], turn: Turn, results: Any) -> None:
+def _worker(prepare: Prepare, tasks: list[tuple[int, Any]], path: str, results: Connection) -> None:
     share_memory()
+    # The lock is free again when this process has ended, and its memory with it.
+    lock = os.open(path, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    ready = []
     for index, problem in tasks:
         try:
-            results.put((index, work(problem, turn), ""))
+            ready.append((index, prepare(problem)))
         except Exception as error:
-            traceback.print_exc()
-            message = (str(error).splitlines() or [""])[0][:160]
-            results.put((index, None, f"{type(error).__name__} {message}"))
+            results.send((index, None, _why(error)))
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    for index, run in ready:
+        try:
+            results.send((index, run(), ""))
+        except Exception as error:
+            results.send((index, None, _why(error)))
 
 
 def in_processes(
-    work: Work, problems: Sequence[Any], nbytes: Sequence[float], jobs: int
+    prepare: Prepare, problems: Sequence[Any], processes: int, at_once: int
 ) -> Iterator[Found]:
     """Yield (index, result, "") of each problem, or (index, None, why there is none), as they come.
 
     Args:
-        work: (problem, turn) -> result; uses the GPU inside `with turn:` alone.  It can be pickled,
-            as problems and results can.
-        problems: what to work on.
-        nbytes: of one operand set of each problem.
-        jobs: processes.
+        prepare: problem -> function that uses the GPU and returns the result.  It can be pickled,
+            as problems and results can; the function need not.
+        problems: what to work on, dealt out to the processes in turn.
+        processes: how many there are in all; a process prepares all its problems first.
+        at_once: how many of them exist at the same time.
     """
     context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    shares = shares_of(nbytes, jobs)
+    shares = [range(i, len(problems), processes) for i in range(min(processes, len(problems)))]
+    running: dict[Connection, tuple[BaseProcess, set[int]]] = {}
     with tempfile.NamedTemporaryFile() as file:
-        turn = Turn(file.name)
-        processes = [
-            context.Process(
-                target=_worker, args=(work, [(i, problems[i]) for i in share], turn, results)
-            )
-            for share in shares
-        ]
-        for process in processes:
-            process.start()
-        left = {i for share in shares for i in share}
-        while left:
-            # A process that a kernel took down with it leaves problems behind.
-            ended = [s for s, p in zip(shares, processes, strict=True) if p.exitcode]
-            try:
-                found = [results.get(timeout=5)]
-            except queue.Empty:
-                found = [(i, None, "its process ended") for share in ended for i in share]
-            for index, result, why in found:
-                if index in left:
+        while shares or running:
+            while shares and len(running) < at_once:
+                share = shares.pop(0)
+                results, sender = context.Pipe(duplex=False)
+                tasks = [(i, problems[i]) for i in share]
+                process = context.Process(target=_worker, args=(prepare, tasks, file.name, sender))
+                process.start()
+                sender.close()  # so that the end of the process is the end of what it sends
+                running[results] = process, {*share}
+            ready = wait(running)
+            for results in [results for results in running if results in ready]:
+                process, left = running[results]
+                try:
+                    index, result, why = results.recv()
                     left.discard(index)
                     yield index, result, why
-        for process in processes:
-            process.join()
+                except EOFError:
+                    process.join()
+                    del running[results]
+                    # A process that a kernel took down with it leaves problems behind.
+                    for index in sorted(left):
+                        yield index, None, "its process ended"

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import runpy
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,11 +14,11 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.bench import __main__ as bench
-from pallas_kernels.bench import bars
+from pallas_kernels.bench import bars, measuring
 from pallas_kernels.bench.cases import CASES
 from pallas_kernels.bench.limits import Limits
 from pallas_kernels.bench.timing import Timing, copies, program
-from pallas_kernels.bench.workers import HEAVY, Turn, in_processes, shares_of
+from pallas_kernels.bench.workers import in_processes
 from pallas_kernels.problem import H200, own_tuned_path, select, tuned_config, tuned_table
 from pallas_kernels.tune import candidates, merge, tune, write_table
 
@@ -183,7 +184,7 @@ def test_a_report_becomes_the_tables_of_the_docs(tmp_path, monkeypatch):
 
 def test_no_problem_is_run_in_two_passes():
     # XLA merges the second pass with the first: half the calls, and half the time.
-    loops = [bench.calls_of(case, size).loops for case in CASES for size in case.sizes]
+    loops = [measuring.calls_of(case, size).loops for case in CASES for size in case.sizes]
     assert 2 not in loops and {1, 3} < set(loops)
     with pytest.raises(ValueError, match="two passes"):
         program(lambda x: x + 1, [jax.ShapeDtypeStruct((8,), "float32")], 1, loops=2)
@@ -195,44 +196,83 @@ def test_a_time_below_the_floor_is_no_result(monkeypatch):
     nbytes = case.work(16, 256, 256)[1]
 
     def row(us: float):
-        monkeypatch.setattr(bench, "measure", lambda *_: Timing(us, us))
+        monkeypatch.setattr(measuring, "measure", lambda *_: Timing(us, us))
         make = jax.jit(case.operands, static_argnums=(0, 1, 2))
-        return bench.run(
+        return measuring.run(
             case, (16, 256, 256), (lambda seed: make(16, 256, 256, seed), lambda: None), limits, 1
         )
 
     assert row(nbytes * 1e-6)["of_floor"] == 1
-    with pytest.raises(bench.ImpossibleError, match="removed"):
+    with pytest.raises(measuring.ImpossibleError, match="removed"):
         row(nbytes * 1e-6 / 2)
 
 
-def work(problem: str, turn: Turn) -> str:
-    if problem == "dies":
-        turn.__enter__()
+def test_the_command_hands_problems_to_processes(tmp_path):
+    """As `python -m`: a spawned process does not import the __main__ of a package."""
+    shape = "x".join(map(str, next(case for case in CASES if case.name == "int8").sizes[0]))
+    report = tmp_path / "report.json"
+    command = f"""
+import runpy, sys
+from pallas_kernels.bench import limits
+limits.measure_limits = lambda: limits.Limits(1e12, {{"int8": 1e15}})
+sys.argv[1:] = "--op int8 --shape {shape} --seconds -1 --jobs 1 --json {report}".split()
+runpy.run_module("pallas_kernels.bench", run_name="__main__", alter_sys=True)
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", command], check=True, env=environment)
+    assert json.loads(report.read_text())["left_out"] == [
+        f"int8 {shape}: TimeoutError no time left"
+    ]
+
+
+def prepare(problem: str):
+    """Problems are letters, or the place of a folder where to say what is going on."""
+    if problem == "dies compiling":
         os._exit(3)
-    with turn:
+    if problem == "does not compile":
+        raise ValueError("no such config\nand more")
+    if problem.startswith("/"):
+        folder = Path(problem)
+        (folder / f"compiling {os.getpid()}").touch()
+        time.sleep(0.3)
+        (folder / f"compiling {os.getpid()}").unlink()
+
+    def run():
+        if problem == "dies":
+            os._exit(3)
         if problem == "fails":
             raise ValueError("no such config\nand more")
+        if problem.startswith("/"):
+            others = [path.name for path in Path(problem).iterdir()]
+            (Path(problem) / "running").touch()
+            time.sleep(0.1)
+            (Path(problem) / "running").unlink()
+            return others
         return problem.upper()
 
+    return run
 
-def test_problems_are_spread_over_processes_and_outlive_some_of_them():
-    problems = ["a", "dies", "fails", "b", "lost", "c"]
-    found = {i: (result, why) for i, result, why in in_processes(work, problems, [1.0] * 6, 3)}
-    assert {problems[i]: r for i, (r, _) in found.items() if r} == {"a": "A", "b": "B", "c": "C"}
-    whys = {problems[i]: why for i, (_, why) in found.items() if why}
-    assert whys == {
-        "dies": "its process ended",
-        "lost": "its process ended",
-        "fails": "ValueError no such config",
+
+ENDED, FAILED = "its process ended", "ValueError no such config"
+
+
+@pytest.mark.parametrize(
+    ("processes", "at_once", "expected"),
+    [
+        (2, 2, {"a": "", "fails": FAILED, "dies": ENDED, "b": "", "c": ENDED}),
+        (4, 2, {"dies compiling": ENDED, "a": "", "does not compile": FAILED, "b": ""}),
+    ],
+)
+def test_problems_are_spread_over_processes_and_outlive_some_of_them(processes, at_once, expected):
+    found = in_processes(prepare, list(expected), processes, at_once)
+    assert {list(expected)[i]: (result, why) for i, result, why in found} == {
+        problem: (None if why else problem.upper(), why) for problem, why in expected.items()
     }
 
 
-def test_large_problems_share_one_process():
-    large = 2 * HEAVY
-    assert shares_of([1, large, 1, large, 1], 3) == [[1, 3], [0, 4], [2]]
-    assert shares_of([1, large, 1], 1) == [[1, 0, 2]]
-    assert shares_of([1, 1, 1], 2) == [[0, 2], [1]]
+def test_nothing_compiles_while_the_gpu_is_used(tmp_path):
+    found = [*in_processes(prepare, [str(tmp_path)] * 6, 3, 3)]
+    assert sorted(found) == [(i, [], "") for i in range(6)]
 
 
 def test_tuning_ranks_the_right_candidates(monkeypatch):
@@ -265,9 +305,9 @@ def test_tuning_ranks_the_right_candidates(monkeypatch):
     monkeypatch.setattr("pallas_kernels.tune.CASES", (fake,))
     monkeypatch.setattr("pallas_kernels.tune.kernel_time", kernel_time)
     monkeypatch.setattr("pallas_kernels.tune.program", program)
-    found = tune(time.time() + 60, ("int8", size), Turn(__file__))
+    found = tune(time.time() + 60, ("int8", size))()
     assert found.in_use == 50.0 and found.entries[0]["us"] == 50.0 - (len(choices) - 2)
     assert len(found.entries) == len(choices) - 1, "all but the wrong one"
     assert order[-4:] == [50.0, *(52.0 - len(choices) + i for i in range(3))], "again, in turn"
     with pytest.raises(TimeoutError):
-        tune(time.time() - 1, ("int8", size), Turn(__file__))
+        tune(time.time() - 1, ("int8", size))
