@@ -1,5 +1,7 @@
 """Put the results of a bench run into docs/kernels.md (bars) and docs/kernels_results.md (tables).
 
+Each card has marks of its own there.
+
 Usage: python tools/kernel_tables.py BENCH.json [PEERS.json ...]
 
 BENCH.json comes from `python -m pallas_kernels.bench --json`, PEERS.json from whatever timed the
@@ -127,6 +129,7 @@ def heading(report: dict) -> str:
     """Return what a reader needs to know of the run."""
     rates = ", ".join(f"{name} {rate:.0f}" for name, rate in report["rates_t"].items())
     missing = f" {len(report['left_out'])} problems are missing." if report["left_out"] else ""
+    missing += f" {report['note']}" if "note" in report else ""
     return (
         f"One {report['device']}, jax {report['jax']}, {report['date']}. Limits measured in the "
         f"same run: memory {report['memory_tb_s']:.2f} TB/s; dense products, T operations/s: "
@@ -137,29 +140,29 @@ def heading(report: dict) -> str:
 
 def results(report: dict, rows: list[Row]) -> str:
     """Return all tables."""
-    parts = [heading(report)]
+    parts = [f"## {report['device']}", heading(report)]
     grouped = {name for names in TOGETHER.values() for name in names}
     for case in CASES:
         mine = [row for row in rows if row["op"] == case.name]
         if mine and (case.name not in grouped or any("ratios" in row for row in mine)):
-            parts += [f"## {case.name}", against_peers(mine)]
+            parts += [f"### {case.name}", against_peers(mine)]
     for title, ops in TOGETHER.items():
         if any(row["op"] in ops for row in rows):
-            parts += [f"## {title}", side_by_side(ops, rows)]
+            parts += [f"### {title}", side_by_side(ops, rows)]
     return "\n\n".join(parts)
 
 
-def put(file: Path, text: str) -> None:
-    """Replace what stands between the bench marks of a file.
+def put(file: Path, card: str, text: str) -> None:
+    """Replace what stands between the marks of a card in a file.
 
     Raises:
         ValueError: the file has no such marks.
     """
-    old = file.read_text(encoding="utf-8")
-    marked = f"<!-- bench -->\n{text}\n<!-- /bench -->"
-    new, count = re.subn(r"<!-- bench -->.*<!-- /bench -->", lambda _: marked, old, flags=re.S)
+    first, last = f"<!-- bench {card} -->", f"<!-- /bench {card} -->"
+    old, marked = file.read_text(encoding="utf-8"), f"{first}\n{text}\n{last}"
+    new, count = re.subn(f"{first}.*{last}", lambda _: marked, old, flags=re.S)
     if count != 1:
-        raise ValueError(f"{file}: needs <!-- bench --> and <!-- /bench --> once, found {count}")
+        raise ValueError(f"{file}: needs {first} and {last} once, found {count}")
     file.write_text(new, encoding="utf-8")
 
 
@@ -173,8 +176,9 @@ def main() -> None:
     report = json.loads(arguments.bench.read_text(encoding="utf-8"))
     peers = read_peers(arguments.peers)
     rows = [compare(row, CASE[row["op"]], peers) if peers else row for row in report["rows"]]
-    put(arguments.docs / "kernels.md", f"{heading(report)}\n\n{bars(standings(rows))}")
-    put(arguments.docs / "kernels_results.md", results(report, rows))
+    card, summary = report["device"], f"{heading(report)}\n\n{bars(standings(rows))}"
+    put(arguments.docs / "kernels.md", card, summary)
+    put(arguments.docs / "kernels_results.md", card, results(report, rows))
 
 
 if __name__ == "__main__":

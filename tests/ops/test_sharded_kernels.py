@@ -69,8 +69,10 @@ def test_two_gpus_hold_the_experts_of_one(scheme, axis):
     layer = layer_of((scheme,) * 8, (512, 256))
     one, two = prepare_model(layer), prepare_model(on_mesh(layer, mesh_of(**{axis: 2})))
     assert is_prepared(two) and isinstance(two.experts.down_proj.get_value(), Sharded)
-    # Per token, each device has a scale of its own for its inputs of down.
-    limit = 4e-2 if (scheme, axis) == ("w8a8", "tp") else 1e-2
+    # Per token, each device has a scale of its own for its inputs of down.  In blocks, 512 channels
+    # of one GPU are gated and quantized by one kernel, and 256 of two by XLA, which rounds to
+    # bfloat16 in between: some codes differ by a step, the results by 1.2e-2 (computed apart).
+    limit = {("w8a8", "tp"): 4e-2, ("fp8_b128", "tp"): 2e-2}.get((scheme, axis), 1e-2)
     run = nnx.jit(lambda model, *arrays: model(*arrays))
     for count in (1, 16, 300):
         x = rows(count, 256, BF16)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.bench import __main__ as bench
-from pallas_kernels.bench import bars, measuring
+from pallas_kernels.bench import bars, measuring, timing
 from pallas_kernels.bench.cases import CASES
 from pallas_kernels.bench.limits import Limits
 from pallas_kernels.bench.timing import Timing, copies, program
@@ -161,7 +161,9 @@ def test_a_report_becomes_the_tables_of_the_docs(tmp_path, monkeypatch):
     for name, content in (("bench.json", report), ("peers.json", peers)):
         (tmp_path / name).write_text(json.dumps(content))
     for page in ("kernels.md", "kernels_results.md"):
-        (tmp_path / page).write_text("before\n<!-- bench -->\nprevious\n<!-- /bench -->\nafter\n")
+        (tmp_path / page).write_text(
+            "before\n<!-- bench a card -->\nprevious\n<!-- /bench a card -->\nafter\n"
+        )
     files = [str(tmp_path / name) for name in ("bench.json", "peers.json")]
     monkeypatch.setattr(sys, "argv", ["tool", *files, "--docs", str(tmp_path)])
     runpy.run_path(str(tool), run_name="__main__")
@@ -178,7 +180,7 @@ def test_a_report_becomes_the_tables_of_the_docs(tmp_path, monkeypatch):
     )
     assert "| 1.30 / 1.20 |" in tables and "| 1x6144x4096 | 14.0 (40 %) |" in tables
     (tmp_path / "kernels.md").write_text("no marks")
-    with pytest.raises(ValueError, match="needs <!-- bench"):
+    with pytest.raises(ValueError, match="needs <!-- bench a card"):
         runpy.run_path(str(tool), run_name="__main__")
 
 
@@ -188,6 +190,21 @@ def test_no_problem_is_run_in_two_passes():
     assert 2 not in loops and {1, 3} < set(loops)
     with pytest.raises(ValueError, match="two passes"):
         program(lambda x: x + 1, [jax.ShapeDtypeStruct((8,), "float32")], 1, loops=2)
+
+
+def test_a_host_that_wakes_late_does_not_change_the_wall_time(monkeypatch):
+    now, late = [0.0], iter([5.0, 0.0, 0.0, 9.0, 3.0, 1.0])
+
+    def compiled(sets):
+        now[0] += 8.0
+
+    def wake(result):
+        now[0] += next(late)
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.jax, "block_until_ready", wake)
+    # Four calls in 8 s, queues of 2 and 4 programs, three times each.
+    assert timing.wall_time(compiled, [], calls=4, repeats=3, queued=2) == 2e6
 
 
 def test_a_time_below_the_floor_is_no_result(monkeypatch):
