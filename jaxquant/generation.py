@@ -199,7 +199,7 @@ def _prefill(
     model = nnx.merge(graph, state)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
     cache = model.empty_cache(ids.shape[0], capacity)
-    return model.step(ids, positions, cache, last=lengths - 1)
+    return model.step(ids, positions, cache, last=lengths - 1, fresh=True)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3), donate_argnums=5)

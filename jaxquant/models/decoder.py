@@ -88,13 +88,15 @@ class Decoder(Layers):
         positions: jax.Array,
         cache: Cache | None,
         length: jax.Array | None = None,
+        fresh: bool = False,
     ) -> tuple[jax.Array, Cache | None]:
         """``[batch, token]`` int32 to hidden states ``[batch, token, hidden]`` and the cache.
 
         ``length`` ``[batch]`` is how many positions each row uses; None stands for no padding.
+        ``fresh`` as for :meth:`CausalLM.step`.
         """
         x = self.embed_tokens(input_ids)
-        step = Step.at(self.config.rope, positions, length)
+        step = Step.at(self.config.rope, positions, length, fresh)
         entries: list[Any] = [None] * len(self.runs) if cache is None else list(cache.layers)
         for i, (run, layer) in enumerate(zip(self.runs, self.layers, strict=True)):
             if is_stack(run):
@@ -210,6 +212,7 @@ class CausalLM(nnx.Module):
         positions: jax.Array,
         cache: Cache | None,
         last: jax.Array | None = None,
+        fresh: bool = False,
     ) -> tuple[jax.Array, Cache | None]:
         """One traced pass over new tokens: prefill or decode.
 
@@ -222,13 +225,15 @@ class CausalLM(nnx.Module):
             cache: earlier positions, updated; None for a pass that stands alone.
             last: ``[batch]`` the last token of each row, whose logits alone are wanted; None for
                 all, and for rows without padding.
+            fresh: the cache is empty and positions count from 0 in every row, so that only the
+                new tokens need to be looked at, not the whole cache.
         Returns:
             float32 ``[batch, token, vocab]`` (``[batch, vocab]`` with ``last``), and the cache.
         """
         length = None
         if last is not None:
             length = jnp.take_along_axis(positions, last[:, None], axis=1)[:, 0] + 1
-        hidden, cache = self.model(input_ids, positions, cache, length)
+        hidden, cache = self.model(input_ids, positions, cache, length, fresh)
         if last is not None:
             hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         head = self.model.embed_tokens.attend if self.lm_head is None else self.lm_head

@@ -26,7 +26,9 @@ Entries = tuple[QTensor | Slot, QTensor | Slot]
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("positions", "cos", "sin"), meta_fields=()
+    jax.tree_util.register_dataclass,
+    data_fields=("positions", "cos", "sin"),
+    meta_fields=("fresh",),
 )
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -36,29 +38,41 @@ class Step:
         positions: int32 ``[batch, token]``.
         cos: ``[batch, token, 1, dim / 2]`` of the rotary embedding.
         sin: same.
+        fresh: whether positions count from 0 in every row, so that a cache holds nothing else.
     """
 
     positions: jax.Array
     cos: jax.Array
     sin: jax.Array
+    fresh: bool = False
 
     @classmethod
-    def at(cls, rope: Rope, positions: jax.Array, length: jax.Array | None = None) -> Step:
+    def at(
+        cls,
+        rope: Rope,
+        positions: jax.Array,
+        length: jax.Array | None = None,
+        fresh: bool = False,
+    ) -> Step:
         """A step whose tokens stand at ``positions``; ``length`` as for :func:`rotation`."""
-        return cls(positions, *rotation(rope, positions, length))
+        return cls(positions, *rotation(rope, positions, length), fresh)
 
-    def mask(self, capacity: int | None, window: int | None) -> jax.Array:
+    def rows(self, cache: QTensor | Slot) -> int:
+        """How many rows of a cache a token may see: a prompt none past its own end."""
+        return self.positions.shape[1] if self.fresh else cache.extent("token")
+
+    def mask(self, rows: int | None, window: int | None) -> jax.Array:
         """Which keys each token sees: bool ``[batch, token, key]``.
 
         Args:
-            capacity: keys are rows ``0 .. capacity`` of a cache; None: the step's own tokens.
+            rows: keys are the first rows of a cache; None: the step's own tokens.
             window: a token sees only so many positions, itself included; None sees all.
         """
         query = self.positions[:, :, None]
-        if capacity is None:
+        if rows is None:
             key = self.positions[:, None, :]
         else:
-            key = jnp.arange(capacity, dtype=query.dtype)[None, None, :]
+            key = jnp.arange(rows, dtype=query.dtype)[None, None, :]
         visible = key <= query
         return visible if window is None else visible & (key > query - window)
 
@@ -109,10 +123,16 @@ def _attend_block(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float
 ) -> jax.Array:
     batch, token, heads, dim = q.shape
-    grouped = q.reshape(batch, token, k.shape[2], heads // k.shape[2], dim)
-    weights = probabilities(einsum("btkgd,bskd->bkgts", grouped, k) * scale, mask)
-    mixed = einsum("bkgts,bskd->btkgd", weights.astype(v.dtype), v)
-    return mixed.reshape(batch, token, heads, v.shape[-1]).astype(q.dtype)
+    kv_heads = k.shape[2]
+    shape = batch, kv_heads, heads // kv_heads, token
+    # Heads in front, and the queries of a key-value head as rows of one product: neither scores nor
+    # weights, the largest arrays here, are transposed.
+    rows = q.reshape(batch, token, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)
+    scores = einsum("bkrd,bksd->bkrs", rows.reshape(*shape[:2], -1, dim), k.swapaxes(1, 2))
+    weights = probabilities(scores.reshape(*shape, -1) * scale, mask).astype(v.dtype)
+    mixed = einsum("bkrs,bksd->bkrd", weights.reshape(scores.shape), v.swapaxes(1, 2))
+    mixed = mixed.reshape(*shape, -1).transpose(0, 3, 1, 2, 4)
+    return mixed.reshape(batch, token, heads, -1).astype(q.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,16 +235,17 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(self.rope, q, step.cos, step.sin)
         k = rotate(self.rope, k, step.cos, step.sin)
-        capacity = None
+        rows = None
         if cache is None and self.k_scale is not None:
             # Without a cache, keys and values still pass through its codes: same result either way.
-            rows = jnp.broadcast_to(jnp.arange(token, dtype=jnp.int32), (batch, token))
+            at = jnp.broadcast_to(jnp.arange(token, dtype=jnp.int32), (batch, token))
             keys, values = self.empty_cache(batch, token, x.dtype)
-            k, v = read(write(keys, k, rows), x.dtype), read(write(values, v, rows), x.dtype)
+            keys, values = write(keys, k, at), write(values, v, at)
+            k, v = read(keys, token, x.dtype), read(values, token, x.dtype)
         elif cache is not None:
             cache = write(cache[0], k, step.positions), write(cache[1], v, step.positions)
-            capacity = cache[0].extent("token")
-            k, v = read(cache[0], x.dtype), read(cache[1], x.dtype)
-        mask = step.mask(capacity, self.heads.window)
+            rows = step.rows(cache[0])
+            k, v = read(cache[0], rows, x.dtype), read(cache[1], rows, x.dtype)
+        mask = step.mask(rows, self.heads.window)
         mixed = attend(q, k, v, mask, self.heads.dim**-0.5)
         return self.o_proj(mixed.reshape(batch, token, -1)), cache

@@ -19,6 +19,7 @@ from jaxquant.arrays.layout import WHOLE, Layout
 from jaxquant.arrays.qtensor import QTensor, dense
 from jaxquant.transforms.leading import index_lead
 from jaxquant.transforms.numeric import dequantize, encode_values
+from jaxquant.transforms.structure import slice_axis
 
 AXES = ("token", "head", "dim")
 
@@ -113,7 +114,7 @@ def write(entry: QTensor | Slot, values: jax.Array, positions: jax.Array) -> QTe
     return dataclasses.replace(entry, data=(codes,))
 
 
-def read(entry: QTensor | Slot, dtype: Any) -> jax.Array:
-    """All rows ``[batch, capacity, head, dim]`` in ``dtype``."""
+def read(entry: QTensor | Slot, rows: int, dtype: Any) -> jax.Array:
+    """The first rows ``[batch, rows, head, dim]`` in ``dtype``."""
     own = entry.entry if isinstance(entry, Slot) else entry
-    return dequantize(own, dtype, axes=AXES)
+    return dequantize(slice_axis(own, "token", 0, rows), dtype, axes=AXES)

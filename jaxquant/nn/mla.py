@@ -124,12 +124,12 @@ class LatentAttention(nnx.Module):
         latent, k_rope = jnp.split(key, [self.heads.latent], axis=-1)
         latent = self.kv_a_layernorm(latent)[:, :, None]
         k_rope = rotate(self.rope, k_rope[:, :, None], step.cos, step.sin)
-        capacity = None
+        rows = None
         if cache is not None:
             cache = write(cache[0], latent, step.positions), write(cache[1], k_rope, step.positions)
-            capacity = cache[0].extent("token")
-            latent, k_rope = read(cache[0], x.dtype), read(cache[1], x.dtype)
-        mask = step.mask(capacity, None)
+            rows = step.rows(cache[0])
+            latent, k_rope = read(cache[0], rows, x.dtype), read(cache[1], rows, x.dtype)
+        mask = step.mask(rows, None)
         if absorbed is None:
             absorbed = cache is not None and token == 1
         form = self._absorbed if absorbed else self._plain

@@ -17,6 +17,7 @@ from jaxquant.nn.attention import Step, attend
 from jaxquant.nn.cache import empty_entry, read, write
 from jaxquant.nn.linear import QWeight
 from jaxquant.nn.rope import Rope, frequencies
+from jaxquant.nn.stack import stack_layers
 from jaxquant.transforms.numeric import dequantize, quantize
 from tests.small_models import CONFIGS, random_tensors, small_model, split_tensors
 
@@ -58,8 +59,9 @@ def test_cache_rows_are_written_at_positions_and_dropped_past_the_end():
     entry = empty_entry(2, 4, 1, 3, jnp.float32)
     values = jnp.arange(12, dtype=jnp.float32).reshape(2, 2, 1, 3) + 1
     entry = write(entry, values, jnp.asarray([[0, 3], [2, 4]], jnp.int32))
-    rows = np.asarray(read(entry, jnp.float32))[:, :, 0, 0]
+    rows = np.asarray(read(entry, 4, jnp.float32))[:, :, 0, 0]
     assert rows.tolist() == [[1, 0, 0, 4], [0, 0, 7, 0]]
+    assert np.array_equal(read(entry, 2, jnp.float32)[:, :, 0, 0], rows[:, :2])
 
 
 @pytest.mark.parametrize("scale", [[0.5], [0.5, 0.25]])
@@ -67,7 +69,7 @@ def test_fp8_cache_codes(scale: list[float]):
     entry = empty_entry(1, 2, 2, 4, jnp.bfloat16, jnp.asarray(scale))
     assert entry.data[0].dtype == jnp.float8_e4m3fn
     values = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 2, 4)) * 50, jnp.float32)
-    back = read(write(entry, values, jnp.asarray([[0, 1]], jnp.int32)), jnp.float32)
+    back = read(write(entry, values, jnp.asarray([[0, 1]], jnp.int32)), 2, jnp.float32)
     per_head = np.resize(np.asarray(scale), 2)[None, None, :, None]
     expected = (np.asarray(values) / per_head).clip(-448, 448)
     expected = expected.astype(jnp.float8_e4m3fn).astype(np.float32) * per_head
@@ -100,6 +102,40 @@ def test_fp8_cache_model_is_the_same_with_and_without_a_cache():
     exact = small_model("llama")(ids)
     assert 1e-3 < relative(full, exact) < 0.1
     assert relative(fp8_cache_model(2.0, 3.0)(ids), full) > 0.02
+
+
+def prompt_step(model: nnx.Module, capacity: int, fresh: bool):
+    """A prompt of 9 tokens and one token more: logits and caches."""
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 10)), jnp.int32)
+
+    @nnx.jit
+    def run(model, ids):
+        at = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32), (2, 9))
+        cache = model.empty_cache(2, capacity)
+        prompt, cache = model.step(ids[:, :9], at, cache, fresh=fresh)
+        return prompt, cache, model.step(ids[:, 9:], at[:, :1] + 9, cache)[0]
+
+    return run, ids
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "deepseek-v3-yarn", "fp8 cache"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_prompt_looks_at_its_own_rows_of_the_cache_only(name: str, stacked: bool):
+    model = fp8_cache_model(0.02, 0.03) if name == "fp8 cache" else small_model(name)
+    model = stack_layers(model) if stacked else model
+    (fresh, ids), (whole, _) = (prompt_step(model, 24, value) for value in (True, False))
+    for got, want in zip(
+        jax.tree.leaves(fresh(model, ids)), jax.tree.leaves(whole(model, ids)), strict=True
+    ):
+        np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), atol=1e-5)
+
+    def work(capacity: int, value: bool) -> float:
+        run, ids = prompt_step(model, capacity, value)
+        prompt = nnx.jit(lambda model, ids: run(model, ids)[0])
+        return prompt.lower(model, ids).cost_analysis()["flops"]
+
+    more = {value: work(2048, value) - work(16, value) for value in (True, False)}
+    assert more[True] < 0.3 * more[False]
 
 
 def test_per_head_scales_of_attn_head_strategy():
