@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -33,9 +34,18 @@ from jaxquant.nn.prepare import prepare_model
 from jaxquant.nn.stack import stack_layers
 from jaxquant.ops.select import has_kernels
 from jaxquant.tokenize import Tokenizer
+from jaxquant.transforms.repack import is_host_memory
 
 # Decoding runs this many tensors ahead of placing them; with the one being placed that makes three.
 AHEAD = 2
+
+
+def _load(item: Item) -> Any:
+    """Load an item; what was decoded into memory of its own needs the file's no longer."""
+    value = item.load()
+    if all(is_host_memory(leaf) for leaf in jax.tree.leaves(value)):
+        item.release()
+    return value
 
 
 class ReadAhead:
@@ -63,7 +73,7 @@ class ReadAhead:
     def _submit(self) -> None:
         name = next(self._order, None)
         if name is not None:
-            self._pending.append((name, self._pool.submit(self._items[name].load)))
+            self._pending.append((name, self._pool.submit(_load, self._items[name])))
 
     def __call__(self, name: str) -> Any:
         # The builder has copied what it asked for last.
