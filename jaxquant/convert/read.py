@@ -105,10 +105,12 @@ class Contents(NamedTuple):
     Attributes:
         modules: every linear by module path.
         tensors: every other tensor by full name: norms, embeddings, biases, KV scales ...
+        idle: names among ``tensors`` that a model has no use for, and why.
     """
 
     modules: dict[str, QuantizedModule]
     tensors: dict[str, RawTensor]
+    idle: dict[str, str]
 
 
 def _split(name: str, suffixes: frozenset[str], deepest: int) -> tuple[str, str] | None:
@@ -203,6 +205,15 @@ def _quantized(
     return build_module(DENSE if spec.kind == "dense" else fmt, spec, raw)
 
 
+def _idle(fmt: Format, module: QuantizedModule, suffix: str, tensor: RawTensor) -> str | None:
+    """Why a model has no use for a tensor that stands beside a weight, or None where it has."""
+    if module.format is DENSE and suffix in (*fmt.markers, *fmt.idle):
+        return "an observer's; the weight is not quantized"
+    if suffix not in fmt.idle or (suffix.endswith("zero_point") and tensor.read().any()):
+        return None
+    return "the config does not use it"
+
+
 def survey(checkpoint: Checkpoint) -> Contents:
     """Sort every tensor of a checkpoint: linears with their formats, and the rest.
 
@@ -224,6 +235,7 @@ def _survey(checkpoint: Checkpoint) -> Contents:
     _refuse_other_methods(fmt, rest)
     fill_cold_experts(groups)
     modules: dict[str, QuantizedModule] = {}
+    idle: dict[str, str] = {}
     unquantized: list[str] = []
     with warn_once(stacklevel=4) as current:
         for path, tensors in groups.items():
@@ -239,13 +251,17 @@ def _survey(checkpoint: Checkpoint) -> Contents:
                 rest |= {tensor.name: tensor for tensor in tensors.values()}
                 continue
             modules[path] = module
-            claimed = module.raw.keys()
-            rest |= {t.name: t for suffix, t in tensors.items() if suffix not in claimed}
+            for suffix, tensor in tensors.items():
+                if suffix in module.raw:
+                    continue
+                rest[tensor.name] = tensor
+                if reason := _idle(fmt, module, suffix, tensor):
+                    idle[tensor.name] = reason
     _warn_unquantized(checkpoint, coverage, unquantized)
     _warn_unmatched(checkpoint, coverage, [*groups])
     check_expert_indices(modules, checkpoint.config, str(checkpoint.path))
     _check_heads(checkpoint, modules)
-    return Contents(modules, rest)
+    return Contents(modules, rest, idle)
 
 
 def _refuse_other_methods(fmt: Format, rest: Mapping[str, RawTensor]) -> None:

@@ -149,7 +149,8 @@ def fill_cold_experts(groups: Mapping[str, dict[str, RawTensor]]) -> None:
     """Give experts that calibration never reached the activation scale of the others, in place.
 
     Such an expert has no ``input_scale``, or one that is 0 or infinite; it takes the largest of its
-    layer and projection (the smallest where reciprocals are stored).
+    layer and projection (the smallest where reciprocals are stored).  One that lacks other tensors
+    too is quantized in another way, or not at all.
     """
     columns: dict[str, list[str]] = {}
     for path in groups:
@@ -164,12 +165,15 @@ def fill_cold_experts(groups: Mapping[str, dict[str, RawTensor]]) -> None:
                 value = float(np.max(tensor.read().astype(np.float32), initial=0))
                 if np.isfinite(value) and value > 0:
                     warm.append((value, tensor))
-            cold = [path for path in paths if path not in present]
-            known = {id(tensor) for _, tensor in warm}
-            cold += [path for path, tensor in present.items() if id(tensor) not in known]
-            if not cold or not warm:
+            if not warm:
                 continue
             donor = choose(warm, key=lambda pair: pair[0])[1]
+            known = {id(tensor) for _, tensor in warm}
+            like = next(set(groups[path]) for path, t in present.items() if t is donor)
+            cold = [p for p in paths if p not in present and like <= {*groups[p], suffix}]
+            cold += [path for path, tensor in present.items() if id(tensor) not in known]
+            if not cold:
+                continue
             warnings.warn(
                 f"{donor.file}: {name}: {len(cold)} experts have no usable {suffix}; they take "
                 f"{donor.name}",

@@ -25,6 +25,9 @@ _NAMES = (
     (re.compile(r"(?P<layer>.*\.self_attn)\.prob_output_scale"), "prob"),
     (re.compile(r"(?P<layer>.*\.self_attn)\.kv_scale_quant_orig"), "pair"),
 )
+_OFFSET = re.compile(
+    r".*\.(?:self_attn|attn|attention)\.[kvq]_zero_point|.*\.(?P<part>[kv])_proj\.(?P=part)_bias"
+)
 
 
 class KVScales(NamedTuple):
@@ -46,6 +49,11 @@ class KVScales(NamedTuple):
 def is_kv_scale(name: str) -> bool:
     """Whether a tensor's name is that of a KV cache scale."""
     return any(pattern.fullmatch(name) for pattern, _ in _NAMES)
+
+
+def is_kv_zero(tensor: RawTensor) -> bool:
+    """Whether a tensor is an offset of a KV cache that is zero, as those of symmetric ones are."""
+    return _OFFSET.fullmatch(tensor.name) is not None and not tensor.read().any()
 
 
 def _read(tensor: RawTensor) -> np.ndarray:

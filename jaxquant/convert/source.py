@@ -23,7 +23,7 @@ from jaxquant.convert.plan_file import PrecisionPlan
 from jaxquant.convert.read import EMBEDDINGS, QuantizedModule, survey
 from jaxquant.convert.read_checkpoint import open_checkpoint
 from jaxquant.convert.read_json import load_object
-from jaxquant.convert.read_kv import is_kv_scale, kv_scales
+from jaxquant.convert.read_kv import is_kv_scale, is_kv_zero, kv_scales
 from jaxquant.errors import ConfigError, PlanError, within
 from jaxquant.formats.base import FormatWarning, RawTensor, numpy_dtype
 from jaxquant.models import ModelConfig
@@ -66,6 +66,8 @@ def _directory_source(path: Path, names: NameMap | str | Path | None) -> ModelSo
         _check_count(experts, "experts in all layers", len(contents.modules), where)
     new = renamed(names, contents.modules, contents.tensors, str(path))
     tensors = {n: t for n, t in contents.tensors.items() if not is_kv_scale(n)}
+    left_out = {n: "an offset of zero" for n, t in tensors.items() if is_kv_zero(t)}
+    tensors = {n: t for n, t in tensors.items() if n not in left_out}
     embeddings = {
         n: f"{to}.weight"
         for n, to in new.modules.items()
@@ -76,7 +78,6 @@ def _directory_source(path: Path, names: NameMap | str | Path | None) -> ModelSo
     linears = {n: m for n, m in contents.modules.items() if n not in embeddings}
     weights: dict[str, Item] = {}
     arrays: dict[str, Item] = {}
-    left_out: dict[str, str] = {}
     problems = []
     for table, given, pieces in (
         (weights, new.modules, ((n, _module_item(m, str(path))) for n, m in linears.items())),
@@ -84,7 +85,7 @@ def _directory_source(path: Path, names: NameMap | str | Path | None) -> ModelSo
     ):
         for name, item in pieces:
             known = given.get(name) or canonical(name)
-            reason = ignored(known, config)
+            reason = contents.idle.get(name) or ignored(known, config)
             if reason is not None:
                 left_out[name] = reason
             elif known in table:

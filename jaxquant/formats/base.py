@@ -287,6 +287,8 @@ class Format(NamedTuple):
         slots: ``slots(spec, shape)``: the tensors on disk with their dtypes and shapes.
         decode: ``decode(arrays, spec, shape) -> QTensor`` (suffix -> array).
         encode: ``encode(q, spec) -> arrays``, the inverse, as the format's own tools write it.
+        idle: suffixes of tensors that a weight may have and inference may have no use for; a zero
+            point is one only where it is zero.
     """
 
     name: str
@@ -299,6 +301,7 @@ class Format(NamedTuple):
     slots: Callable[[Any, tuple[int, int]], tuple[Slot, ...]]
     decode: Callable[[Mapping[str, np.ndarray], Any, tuple[int, int]], QTensor]
     encode: Callable[[QTensor, Any], dict[str, np.ndarray]]
+    idle: tuple[str, ...] = ()
 
 
 def method_of(config: Mapping[str, Any]) -> str:

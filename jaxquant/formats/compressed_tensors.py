@@ -281,4 +281,5 @@ COMPRESSED_TENSORS = Format(
     _slots,
     _decode,
     _encode,
+    ("input_scale", "input_global_scale", "weight_zero_point", "input_zero_point"),
 )

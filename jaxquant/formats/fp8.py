@@ -224,4 +224,5 @@ FP8 = Format(
     arranged_slots,
     arranged_decode,
     arranged_encode,
+    (*ACT_SCALES, "input_scale_ub"),
 )

@@ -186,4 +186,5 @@ HQQ = Format(
     _slots,
     _decode,
     _encode,
+    META,
 )

@@ -311,4 +311,5 @@ MODELOPT = Format(
     _slots,
     _decode,
     _encode,
+    ("input_scale",),
 )

@@ -104,4 +104,5 @@ QUARK = Format(
     arranged_slots,
     arranged_decode,
     arranged_encode,
+    ("input_scale", "weight_zero_point", "input_zero_point"),
 )

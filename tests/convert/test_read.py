@@ -584,6 +584,19 @@ def test_cold_experts_take_the_scale_of_the_others(bad_scale, tmp_path):
     assert found.modules[cold].load().act_scale[0, 0] == np.float32(0.3)
 
 
+def test_an_expert_of_16_bits_is_not_cold(tmp_path):
+    arrays, config = experts(3)
+    arrays |= {f"{p.removesuffix('.weight')}.input_scale": np.float32([0.1]) for p in [*arrays]}
+    dense = "model.layers.0.mlp.experts.1.up_proj"
+    arrays = {k: v for k, v in arrays.items() if not k.startswith(dense)}
+    arrays[f"{dense}.weight"] = weights(96, 160)
+    with pytest.warns(FormatWarning, match="plain 16-bit weights"):
+        found = contents(tmp_path, arrays, config | {"activation_scheme": "static"})
+    assert found.modules[dense].format.name == "dense"
+    claimed = {t.name for module in found.modules.values() for t in module.raw.values()}
+    assert not claimed & set(found.tensors)
+
+
 # ---- KV cache scales
 
 ATTN = "model.layers.0.self_attn"

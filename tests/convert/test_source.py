@@ -125,3 +125,88 @@ def test_experts_are_stacked_or_single(single, tmp_path):
     arrays[f"{stem}.{single}"] = np.zeros((8, 8), np.float16)
     with pytest.raises(FormatError, match=f"stored as {stem}.{single} too"):
         jq.read_quantized(write_checkpoint(tmp_path / "b", arrays))
+
+
+def quantized(folder, arrays, quant, **tensors):
+    """A llama whose linears of the layers are all replaced by ``arrays(weight)``."""
+    made = tensors_of("llama") | tensors
+    for name in [n for n in made if n.endswith("_proj.weight")]:
+        path, weight = name.removesuffix(".weight"), made.pop(name)
+        made |= {f"{path}.{suffix}": array for suffix, array in arrays(weight).items()}
+    config = CONFIGS["llama"] | {"quantization_config": quant}
+    return jq.from_pretrained(write_checkpoint(folder, made, config))
+
+
+def hqq_arrays(weight):
+    """As transformers saves an HQQ linear: 4 bits in groups of 16, and every setting a tensor."""
+    rows = np.asarray(weight, np.float32).reshape(-1, 16)
+    scale = np.abs(rows).max(1, keepdims=True) / 7
+    codes = np.clip(np.rint(rows / scale) + 8, 0, 15).astype(np.uint8)
+    first, second = np.split(codes, 2)
+    numbers = {"nbits": 4, "group_size": 16, "axis": 1, "view_as_float": 0, "optimize": 1}
+    return {
+        "W_q": first << 4 | second,
+        "scale": scale.astype(np.float16),
+        "zero": np.full(scale.shape, 8, np.float16),
+        "shape": np.array(weight.shape, np.int64),
+        **{name: np.array(value, np.int32) for name, value in numbers.items()},
+        "packing": np.frombuffer(b"4bit_u8", np.uint8),
+    }
+
+
+def test_a_model_of_hqq_loads_with_its_settings_left_out(tmp_path):
+    params = {"nbits": 4, "group_size": 16, "axis": 1}
+    quant = {"quant_method": "hqq", "quant_config": {"weight_quant_params": params}}
+    model = quantized(tmp_path / "m", hqq_arrays, quant)
+    assert {found.format for found in model.report.formats} == {"hqq", "dense"}
+    assert "model.layers.0.mlp.up_proj.nbits" in dict(model.report.ignored)
+
+
+def int8_arrays(weight, zero=0):
+    weight = np.asarray(weight, np.float32)
+    scale = np.abs(weight).max(1, keepdims=True) / 127
+    return {
+        "weight": np.rint(weight / scale).astype(np.int8),
+        "weight_scale": scale,
+        "weight_zero_point": np.full(scale.shape, zero, np.int8),
+        "input_scale": np.ones(1, np.float32),
+    }
+
+
+INT8 = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "config_groups": {"W8A8": ["Linear"]},
+    "ignore": ["lm_head"],
+}
+
+
+def test_zero_points_of_symmetric_weights_and_unused_scales_are_left_out(tmp_path):
+    """Older versions of compressed-tensors wrote zero points of 0."""
+    ignored = dict(quantized(tmp_path / "m", int8_arrays, INT8).report.ignored)
+    assert "model.layers.1.self_attn.k_proj.weight_zero_point" in ignored
+    assert "model.layers.1.self_attn.k_proj.input_scale" in ignored
+
+
+def test_scales_of_an_observer_are_left_out(tmp_path):
+    def observed(weight):
+        return int8_arrays(weight, 3) | {"weight": np.asarray(weight)}
+
+    with pytest.warns(FormatWarning, match="frozen"):
+        model = quantized(tmp_path / "m", observed, INT8 | {"quantization_status": "frozen"})
+    assert {found.format for found in model.report.formats} == {"dense"}
+
+
+def test_other_tensors_beside_a_weight_stay_errors(tmp_path):
+    with pytest.raises(PlanError, match=r"weight_scale_2: left over"):
+        quantized(tmp_path / "m", lambda w: int8_arrays(w) | {"weight_scale_2": w[:1, :1]}, INT8)
+
+
+def test_offsets_of_a_symmetric_cache_are_left_out(tmp_path):
+    names = ["self_attn.k_zero_point", "self_attn.v_proj.v_bias"]
+    zeros = {f"model.layers.0.{name}": np.zeros(1, np.float32) for name in names}
+    model = quantized(tmp_path / "a", int8_arrays, INT8, **zeros)
+    assert set(zeros) <= set(dict(model.report.ignored))
+    ones = {name: value + 1 for name, value in zeros.items()}
+    with pytest.raises(PlanError, match="left over"):
+        quantized(tmp_path / "b", int8_arrays, INT8, **ones)
