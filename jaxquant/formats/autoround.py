@@ -52,6 +52,15 @@ def _override(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:
     return {}
 
 
+def _bits(name: str, settings: Mapping[str, Any]) -> float:
+    """Bits of an entry of ``extra_config``, 0 where it leaves them as they are."""
+    bits = settings.get("bits")
+    if isinstance(bits, bool) or not isinstance(bits, int | float | None):
+        where = f"quantization_config: extra_config: {name[:80]}: bits"
+        raise FormatError(where, repr(bits)[:80], "a number")
+    return bits or 0
+
+
 def _coverage(config: Mapping[str, Any]) -> Coverage:
     blocks = string_list(config, "block_name_to_quantize", "to_quant_block_names")
     names = tuple(name.strip() for block in blocks for name in block.split(",") if name.strip())
@@ -59,7 +68,7 @@ def _coverage(config: Mapping[str, Any]) -> Coverage:
     ignored = tuple(
         re.escape(name) if name.replace(".", "").replace("_", "").isalnum() else name
         for name, settings in (extra.items() if isinstance(extra, Mapping) else ())
-        if isinstance(settings, Mapping) and settings.get("bits", 0) >= 16
+        if isinstance(settings, Mapping) and _bits(name, settings) >= 16
     )
 
     def targeted(path: str) -> bool:
@@ -74,7 +83,8 @@ def _coverage(config: Mapping[str, Any]) -> Coverage:
 
 
 def _spec(config: Mapping[str, Any], module: RawModule) -> GPTQSpec | AWQSpec:
-    settings = {**config, **_override(config, module.path)}
+    override = _override(config, module.path)
+    settings = {**config, **{key: value for key, value in override.items() if value is not None}}
     packing = str(settings.get("packing_format") or "").lower().removeprefix("auto_round:")
     if str(settings.get("data_type") or "int") not in ("int", "int_sym", "int_asym"):
         raise FormatError(
@@ -87,7 +97,8 @@ def _spec(config: Mapping[str, Any], module: RawModule) -> GPTQSpec | AWQSpec:
     if packing == "auto_awq":
         if bits != 4:
             raise FormatError("quantization_config: bits", str(bits), "AWQ words have 4-bit codes")
-        return awq_spec({"version": "gemm", "zero_point": not symmetric}, module, group)
+        words = {"version": "gemm", "zero_point": not symmetric}
+        return awq_spec(words, module, group, signed=True)
     if packing not in (*V1, *V2):
         raise FormatError(
             "quantization_config: packing_format",

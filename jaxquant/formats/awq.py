@@ -33,6 +33,7 @@ from jaxquant.formats.base import (
     RawModule,
     Slot,
     Spec,
+    by_auto_round,
     method_of,
     numpy_dtype,
 )
@@ -116,11 +117,14 @@ def _spec(config: Mapping[str, Any], module: RawModule) -> AWQSpec:
     bits = integer(config, "bits", "w_bit", "weight_bits")
     if bits != 4:
         raise FormatError("quantization_config: bits", str(bits), "AWQ has 4-bit codes")
-    return awq_spec(config, module, integer(config, "group_size", "q_group_size"))
+    group = integer(config, "group_size", "q_group_size")
+    return awq_spec(config, module, group, signed=by_auto_round(config))
 
 
-def awq_spec(config: Mapping[str, Any], module: RawModule, group: int) -> AWQSpec:
-    """Spec from the group size and the module's headers.
+def awq_spec(
+    config: Mapping[str, Any], module: RawModule, group: int, signed: bool = False
+) -> AWQSpec:
+    """Spec from the group size and the module's headers; ``signed`` allows negative scales.
 
     Raises:
         FormatError: shapes or dtypes fit no arrangement.
@@ -140,7 +144,10 @@ def awq_spec(config: Mapping[str, Any], module: RawModule, group: int) -> AWQSpe
         raise scales.error(
             f"shape {list(scales.shape)}", f"{groups} groups of {group} for {inputs} inputs"
         )
-    zero_point = config.get("zero_point", True) is not False
+    zero_point = config.get("zero_point")
+    if zero_point is None:
+        # GPTQModel's files say it the other way round.
+        zero_point = config.get("sym") is not True
     if qzeros is None and (zero_point or kind == "gemv_fast"):
         raise module.error("no qzeros", "an AWQ weight with zero_point has zero points")
     centred = qzeros is None
@@ -152,8 +159,8 @@ def awq_spec(config: Mapping[str, Any], module: RawModule, group: int) -> AWQSpe
         if centred and not stored.any():
             # Exporters of symmetric weights left this tensor unset; the codes are centred on 8.
             warnings.warn(
-                f"{qzeros.file}: {qzeros.name}: zero_point is false and all stored ones are 0; 8 "
-                "is used",
+                f"{qzeros.file}: {qzeros.name}: the config says symmetric and all stored zero "
+                "points are 0; 8 is used",
                 FormatWarning,
                 stacklevel=2,
             )
@@ -172,6 +179,7 @@ def awq_spec(config: Mapping[str, Any], module: RawModule, group: int) -> AWQSpe
         width=width,
         qzeros=qzeros is not None,
         dead_scales=True,
+        signed_scales=signed,
     )
 
 

@@ -304,6 +304,11 @@ class Format(NamedTuple):
     idle: tuple[str, ...] = ()
 
 
+def by_auto_round(config: Mapping[str, Any]) -> bool:
+    """Whether AutoRound wrote the checkpoint, whose symmetric weights have scales of both signs."""
+    return config.get("provider") == "auto-round" or method_of(config) == "auto-round"
+
+
 def method_of(config: Mapping[str, Any]) -> str:
     """The normalised ``quant_method``: lower case, dashes, no vendor prefix; "" where absent."""
     name = str(config.get("quant_method") or "").lower().replace("_", "-")

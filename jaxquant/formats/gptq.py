@@ -33,6 +33,7 @@ from jaxquant.formats.base import (
     RawModule,
     Slot,
     Spec,
+    by_auto_round,
     method_of,
     numpy_dtype,
 )
@@ -129,6 +130,7 @@ def _spec(config: Mapping[str, Any], module: RawModule) -> GPTQSpec:
         symmetric=settings.get("sym", True) is not False,
         version=VERSIONS[declared],
         act_order=settings.get("desc_act", False) is True,
+        signed=by_auto_round(config),
     )
 
 

@@ -68,7 +68,7 @@ class HQQSpec(Spec):
 
 
 def _coverage(config: Mapping[str, Any]) -> Coverage:
-    skipped = string_list(config, "skip_modules") or ("lm_head",)
+    skipped = string_list({"skip_modules": ["lm_head"], **config}, "skip_modules")
     return Coverage(skipped, by_component)
 
 

@@ -397,7 +397,53 @@ def test_weights_that_were_never_compressed_are_read_as_they_are(tmp_path):
     assert f"{DOWN}.weight_scale" in found.tensors
 
 
+@pytest.mark.parametrize("says", [{"sym": True}, {"zero_point": False}])
+def test_symmetric_awq_with_unset_zero_points_is_centred(says, tmp_path):
+    """GPTQModel's AWQ files say ``sym``; exporters of symmetric weights left qzeros at 0."""
+    case = CASES["awq-gemm-symmetric"]
+    config = {key: v for key, v in case.config.items() if key != "zero_point"} | says
+    arrays = named(case) | {f"{DOWN}.qzeros": np.zeros_like(case.arrays["qzeros"])}
+    with pytest.warns(FormatWarning, match="symmetric"):
+        found = contents(tmp_path, arrays, config)
+    np.testing.assert_array_equal(value(found.modules[DOWN]), case.weight.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("gptq-4b-v1-sym", {"provider": "auto-round"}),
+        ("awq-gemm-symmetric", {"provider": "auto-round"}),
+        ("auto-round", {}),
+        ("auto-round-awq", {}),
+    ],
+)
+def test_scales_of_auto_round_have_either_sign(name, config, tmp_path):
+    case = CASES[name]
+    arrays = named(case) | {f"{DOWN}.scales": -case.arrays["scales"]}
+    found = contents(tmp_path, arrays, case.config | config)
+    np.testing.assert_array_equal(value(found.modules[DOWN]), -case.weight.astype(np.float32))
+
+
+def test_bits_of_single_modules_of_auto_round(tmp_path):
+    case = CASES["auto-round"]
+    arrays = named(case) | {"lm_head.weight": weights(96, 192)}
+
+    def extra(bits):
+        return case.config | {"extra_config": {DOWN: {"bits": bits}, "lm_head": {"bits": 16}}}
+
+    found = contents(tmp_path / "a", arrays, extra(None))
+    np.testing.assert_array_equal(value(found.modules[DOWN]), case.weight.astype(np.float32))
+    assert "extra_config" in str(refused(tmp_path / "b", arrays, extra("4")))
+
+
 # ---- ignore lists
+
+
+def test_an_empty_list_of_hqq_skips_nothing(tmp_path):
+    case = CASES["hqq-4b"]
+    found = contents(tmp_path / "a", named(case, "lm_head"), case.config | {"skip_modules": []})
+    assert found.modules["lm_head"].format.name == "hqq"
+    assert "ignores it" in str(refused(tmp_path / "b", named(case, "lm_head"), case.config))
 
 
 def test_an_unquantized_weight_is_used_with_a_warning(tmp_path):
