@@ -6,6 +6,7 @@ Whether a stack is transposed or interleaved follows from the model type, never 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -74,7 +75,8 @@ def _parts(
         kind in TRANSPOSED and suffix in ("weight", "weight_scale") and len(tensor.shape) == 3
     )
     label = f"[{expert}]"
-    if part != "gate_up_proj" or len(tensor.shape) == 1:
+    # One scale an expert, [E] or [E, 1, 1], is that of both halves.
+    if part != "gate_up_proj" or math.prod(tensor.shape[1:]) == 1:
         whole = tensor.pick(label, (expert,), transpose=transposed and suffix == "weight")
         names = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
         return [(name, _channels(whole, suffix)) for name in names]

@@ -139,8 +139,15 @@ def _spec(config: Mapping[str, Any], module: RawModule) -> Spec | None:
 
 
 def _fp4(module: RawModule, group: Group, version: tuple[int, int]) -> Fp4Spec:
-    acts = group.activations
-    nvfp4 = module.need("weight_scale").dtype == "F8_E4M3"
+    acts, weights = group.activations, group.weights
+    scale = module.need("weight_scale")
+    nvfp4 = scale.dtype == "F8_E4M3"
+    size = 16 if nvfp4 else 32
+    if weights and (weights.kind, weights.bits, weights.group) != ("float", 4, size):
+        raise scale.error(
+            f"dtype {scale.dtype}, of 4-bit floats in groups of {size}",
+            f"the config says {weights.kind}{weights.bits} in groups of {weights.group}",
+        )
     if not nvfp4 and (0, 0) < version < (0, 14):
         file, (major, minor) = module.need("weight_packed").file, version
         warnings.warn(

@@ -140,6 +140,7 @@ def _presets() -> dict[str, tuple[Arguments | None, Arguments | None]]:
         "NVFP4": (nv, dataclasses.replace(nv, dynamic="local")),
         "MXFP4A16": (mx(4), None),
         "MXFP4": (mx(4), dataclasses.replace(mx(4), dynamic=True)),
+        "MXFP4XFP8": (mx(4), Arguments(8, "float", strategy="group", group=128, dynamic=True)),
         "MXFP8A16": (mx(8), None),
         "MXFP8": (mx(8), dataclasses.replace(mx(8), dynamic=True)),
     }

@@ -540,6 +540,23 @@ def test_presets_as_group_names(tmp_path):
     assert (act.code.name, act.levels) == ("int8", 127.5)
 
 
+def test_the_preset_of_mxfp4_with_fp8_activations(tmp_path):
+    case = CASES["ct-mxfp4"]
+    config = case.config | {"config_groups": {"MXFP4XFP8": ["Linear"]}}
+    act = contents(tmp_path, named(case), config).modules[DOWN].spec.act
+    assert act is not None
+    assert (act.code.name, act.group_size) == ("e4m3", 128)
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"), [("ct-mxfp4", "W4A16"), ("ct-mxfp4", "NVFP4A16"), ("ct-nvfp4", "MXFP4")]
+)
+def test_the_config_agrees_with_packed_floats(name, preset, tmp_path):
+    case = CASES[name]
+    config = case.config | {"config_groups": {preset: ["Linear"]}}
+    assert "in groups of" in str(refused(tmp_path, named(case), config))
+
+
 def test_tied_embeddings_leave_no_lm_head(tmp_path):
     arrays = named(TENSOR) | {"model.embed_tokens.weight": weights(96, 160)}
     found = contents(tmp_path, arrays, TENSOR.config, tie_word_embeddings=True)
@@ -641,6 +658,19 @@ def test_an_expert_of_16_bits_is_not_cold(tmp_path):
     assert found.modules[dense].format.name == "dense"
     claimed = {t.name for module in found.modules.values() for t in module.raw.values()}
     assert not claimed & set(found.tensors)
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1), (2, 1, 1)])
+def test_one_scale_an_expert_is_that_of_gate_and_up(shape, tmp_path):
+    """ModelOpt exports them with or without axes of size 1."""
+    case, stem = CASES["modelopt-fp8"], "model.layers.0.mlp.experts"
+    arrays = {f"{stem}.gate_up_proj": np.stack([case.arrays["weight"]] * 2)}
+    for suffix in ("weight_scale", "input_scale"):
+        arrays[f"{stem}.gate_up_proj_{suffix}"] = np.float32([0.5, 2]).reshape(shape)
+    found = contents(tmp_path, arrays, case.config)
+    q = found.modules[f"{stem}.1.up_proj"].load()
+    assert (q.scales[0].item(), q.act_scale.item()) == (2, 2)
+    assert found.modules[f"{stem}.0.gate_proj"].load().scales[0].item() == 0.5
 
 
 # ---- KV cache scales
