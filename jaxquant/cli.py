@@ -44,9 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("path", help="checkpoint directory or .gguf file")
     _names(verb, config=False)
     verb.add_argument("--json", action="store_true", help="machine-readable output")
-    verb.add_argument(
-        "--plan", help="YAML plan: show what would be loaded from where, read nothing"
-    )
+    verb.add_argument("--plan", help="YAML plan: show what would be loaded from where")
 
     verb = verbs.add_parser("convert", help="write a checkpoint that loads without conversion")
     verb.add_argument("source", help="checkpoint directory or .gguf file")

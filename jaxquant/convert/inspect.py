@@ -232,7 +232,9 @@ def _entry(name: str, item: Item) -> Entry:
 
 
 def inspect_plan(path: str | Path, plan: str | Path, names: Names = None) -> Report:
-    """What would be loaded from where under a mixed-precision plan; no weight is read.
+    """What would be loaded from where under a mixed-precision plan.
+
+    Of weights only a few are read, those that show whether checkpoints fit together.
 
     Raises:
         ConfigError, PlanError, FormatError: as loading with the plan would.

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from jaxquant.arrays.qtensor import QTensor
 from jaxquant.convert.item import Item, ModelSource, scheme_item
 from jaxquant.convert.plan_file import BASE, PrecisionPlan, resolve
-from jaxquant.errors import PlanError
+from jaxquant.errors import LayoutError, PlanError
+from jaxquant.transforms.numeric import dequantize
+from jaxquant.transforms.structure import slice_axis
 
 # Outputs of these norms are inputs of these modules; smoothing folds scales into both.
 _SMOOTHED = {
     "input_layernorm": ("q_proj", "k_proj", "v_proj"),
     "post_attention_layernorm": ("gate_proj", "up_proj"),
 }
+# Outputs of these modules are, but for a product with another's, inputs of those.
+_FOLDED = {"v_proj": "o_proj", "up_proj": "down_proj"}
+_ROWS = 256
+_SPREAD = 0.1
 
 
 def _fits(precision: str, item: Item) -> bool:
@@ -59,6 +67,60 @@ def _smoothing_problems(
     ]
 
 
+def _first_rows(source: ModelSource, module: str) -> np.ndarray:
+    """Some rows of a weight as it multiplies what its norm got."""
+    q: QTensor = source.weights[module].load()
+    with contextlib.suppress(LayoutError):  # Blocks of another height.
+        q = slice_axis(q, "out", 0, min(_ROWS, q.shape[0]))
+    rows = np.asarray(dequantize(q))[:_ROWS]
+    if q.pre_scale is not None:
+        rows = rows * np.asarray(q.pre_scale, np.float32)
+    source.weights[module].release()
+    layer, own = ".".join(module.split(".")[:3]), module.split(".")[-1]
+    for norm, projections in _SMOOTHED.items():
+        item = source.arrays.get(f"{layer}.{norm}.weight")
+        if own in projections and "shared" not in module and item is not None:
+            rows = rows * np.asarray(item.load()).astype(np.float32)
+    return rows
+
+
+def _rescaled(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether rows of the same weight differ by more than quantization: by a factor for each."""
+    energy = (a * a).sum(1)
+    alive = energy > 1e-6 * energy.max(initial=0)
+    factors = (a * b).sum(1)[alive] / energy[alive]
+    logs = np.log(np.maximum(np.abs(factors), 1e-6))
+    # By the median: a few rows that were pruned or are noise do not count.
+    return bool(logs.size) and float(np.median(np.abs(logs - np.median(logs)))) > _SPREAD
+
+
+def _folding_problems(origins: Mapping[str, ModelSource]) -> list[str]:
+    """Two modules in a row between which one checkpoint has scales folded and the other has not.
+
+    The first and the last such pair of any two checkpoints are looked at.
+    """
+    pairs: dict[tuple[str, int, int], list[tuple[str, str]]] = {}
+    for module, source in origins.items():
+        stem, _, last = module.rpartition(".")
+        following = f"{stem}.{_FOLDED.get(last)}"
+        other = origins.get(following)
+        if other is not None and other is not source:
+            pairs.setdefault((last, id(source), id(other)), []).append((module, following))
+    problems = []
+    for found in pairs.values():
+        for module, following in dict.fromkeys((found[0], found[-1])):
+            source, other = origins[module], origins[following]
+            if module not in other.weights:
+                continue
+            if _rescaled(_first_rows(source, module), _first_rows(other, module)):
+                problems.append(
+                    f"{following}: {other.path} has it scaled to fit its own "
+                    f"{module.rpartition('.')[2]}, not that of {source.path} (AWQ and SmoothQuant "
+                    "do that): take both from one checkpoint"
+                )
+    return problems
+
+
 def mixed(
     opened: ModelSource, plan: PrecisionPlan, sources: Mapping[Path, ModelSource]
 ) -> ModelSource:
@@ -70,13 +132,15 @@ def mixed(
         sources: every checkpoint that the plan names, by resolved path.
     Raises:
         PlanError: weights that are missing, differ in shape, are not what the plan calls them, or
-            were smoothed for other norms than the base's; all problems.
+            were smoothed for other norms than the base's; all problems.  Or weights that were
+            smoothed for another weight than the plan puts before them.
     """
     base = sources[plan.sources[BASE].resolve()]
     chosen, problems = resolve(plan, base.weights, base.config.family)
     weights: dict[str, Item] = {}
     arrays = dict(base.arrays)
     taken: dict[str, list[str]] = {}
+    origins = dict.fromkeys(chosen, base)
     for module, precision in chosen.items():
         if precision == BASE:
             weights[module] = base.weights[module]
@@ -99,6 +163,7 @@ def mixed(
         else:
             weights[module] = item
             taken.setdefault(precision, []).append(module)
+            origins[module] = other
             bias = f"{module}.bias"
             if bias in other.arrays:
                 arrays[bias] = other.arrays[bias]
@@ -106,6 +171,7 @@ def mixed(
         other = sources[plan.sources[precision].resolve()]
         if other is not base:
             problems += _smoothing_problems(precision, base, other, modules)
+    problems = problems or _folding_problems(origins)
     if problems:
         raise PlanError(plan.file, problems, "correct the plan or the checkpoints it names")
     return dataclasses.replace(opened, weights=weights, arrays=arrays, ignored=base.ignored)

@@ -1,0 +1,69 @@
+"""Checkpoints that were smoothed for themselves are not mixed with others."""
+
+import numpy as np
+import pytest
+
+import jaxquant as jq
+from jaxquant.errors import PlanError
+from jaxquant.models import ModelConfig
+from tests.convert.writer import write_checkpoint
+from tests.small_models import CONFIGS, random_tensors
+
+LAYER = "model.layers.1."
+
+
+def checkpoint(folder, tensors):
+    """AWQ in groups of 16, rounded to nearest."""
+    write_checkpoint(folder / "dense", tensors, CONFIGS["llama"])
+    jq.export_pretrained(folder / "dense", folder / "awq", format="awq", scheme="w4a16_g16_asym")
+    return folder / "awq"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A model; its AWQ files as they are, smoothed before down_proj, and smoothed behind a norm."""
+    folder = tmp_path_factory.mktemp("mix")
+    tensors = random_tensors(ModelConfig.from_hf(CONFIGS["llama"]))
+    write_checkpoint(folder / "base", tensors, CONFIGS["llama"])
+
+    def smoothed(size, divided, *multiplied):
+        factors, made = np.exp(np.random.default_rng(0).normal(size=size)), dict(tensors)
+        old = made[f"{LAYER}{divided}.weight"]
+        made[f"{LAYER}{divided}.weight"] = (old.T / factors).T.astype(old.dtype)
+        for name in multiplied:
+            made[f"{LAYER}{name}.weight"] = (made[f"{LAYER}{name}.weight"] * factors).astype(
+                old.dtype
+            )
+        return made
+
+    checkpoint(folder / "plain", tensors)
+    checkpoint(folder / "inner", smoothed(48, "mlp.up_proj", "mlp.down_proj"))
+    norm = smoothed(32, "post_attention_layernorm", "mlp.up_proj", "mlp.gate_proj")
+    checkpoint(folder / "norm", norm)
+    return folder
+
+
+def loaded(folders, tmp_path, source, *keys):
+    lines = "".join(f'    "{key}": awq_int4\n' for key in keys)
+    text = f"mixed_precision:\n  base_model_path: {folders / 'base'}\n"
+    text += f"  awq_int4_path: {folders / source / 'awq'}\n  weight_mapping:\n{lines}"
+    (tmp_path / "plan.yaml").write_text(text)
+    return jq.from_pretrained(folders / "base", plan=tmp_path / "plan.yaml")
+
+
+@pytest.mark.parametrize("part", ["up_proj", "down_proj"])
+def test_one_of_two_that_were_scaled_for_each_other_is_refused(part, folders, tmp_path):
+    key = f"model.layers.*.mlp.{part}.weight"
+    loaded(folders, tmp_path, "plain", key)
+    with pytest.raises(PlanError, match=r"layers\.1\.mlp\.down_proj.*AWQ and SmoothQuant"):
+        loaded(folders, tmp_path, "inner", key)
+    loaded(folders, tmp_path, "inner", "model.layers.*.mlp.*.weight")
+
+
+def test_weights_that_were_scaled_for_another_norm_are_refused(folders, tmp_path):
+    with pytest.raises(PlanError, match=r"post_attention_layernorm\.weight differs"):
+        loaded(folders, tmp_path, "norm", "model.layers.*.mlp.up_proj.weight")
+
+
+def test_a_norm_that_was_scaled_does_not_matter_to_what_follows_later(folders, tmp_path):
+    loaded(folders, tmp_path, "norm", "model.layers.*.mlp.down_proj.weight")
