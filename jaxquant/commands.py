@@ -93,11 +93,19 @@ def _mebibytes(path: Path) -> float:
     return sum(file.stat().st_size for file in files if file.is_file()) / 2**20
 
 
+def _text(name: str) -> str:
+    """The content of a text file."""
+    try:
+        return Path(name).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(name, f"not UTF-8 ({error.reason})", "a text in UTF-8") from None
+
+
 def _prompts(arguments: argparse.Namespace) -> list[str]:
     if arguments.prompt is not None:
         return [arguments.prompt]
     prompts = []
-    for number, line in enumerate(Path(arguments.prompts).read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(_text(arguments.prompts).splitlines(), 1):
         if not line.strip():
             continue
         where = f"{arguments.prompts}:{number}"
@@ -135,14 +143,16 @@ def _tokens(arguments: argparse.Namespace, model: Any) -> np.ndarray:
     if arguments.tokens:
         try:
             tokens = np.load(arguments.tokens, allow_pickle=False)
-        except ValueError as error:
+        except (ValueError, EOFError) as error:
             raise FormatError(arguments.tokens, f"no NumPy array ({error})", ".npy") from None
+        if not isinstance(tokens, np.ndarray):
+            raise FormatError(arguments.tokens, "an archive of arrays (.npz)", "one array, .npy")
         if tokens.dtype.kind not in "iu":
             raise FormatError(arguments.tokens, f"dtype {tokens.dtype}", "token ids are integers")
         return tokens
     if model.tokenizer is None:
         raise ConfigError("--text", "the model has no tokenizer", action="use --tokens")
-    return np.asarray(model.tokenizer.encode(Path(arguments.text).read_text("utf-8")), np.int32)
+    return np.asarray(model.tokenizer.encode(_text(arguments.text)), np.int32)
 
 
 def eval(arguments: argparse.Namespace) -> None:

@@ -114,6 +114,21 @@ def test_bench_prints_rates(capsys):
     assert "tokens/s" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("verb", ["--tokens", "--text", "--prompts"])
+def test_files_of_another_kind(verb, tmp_path, capsys):
+    files = {"--tokens": ["empty", "archive"]}.get(verb, ["bytes"])
+    np.savez(tmp_path / "archive.npz", np.arange(4))
+    (tmp_path / "archive.npz").rename(tmp_path / "archive")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "empty").touch()
+    for name in files:
+        found = run(
+            "generate" if verb == "--prompts" else "eval", BUNDLED, verb, f"{tmp_path / name}"
+        )
+        error = capsys.readouterr().err
+        assert found == 2 and error.startswith(f"jaxquant: error: {tmp_path / name}: ")
+
+
 @pytest.mark.parametrize(
     "arguments,found",
     [
