@@ -224,6 +224,8 @@ def load_saved(path: str | Path, mesh: Mesh | None = None, dtype: Any = None) ->
         saved_dtype = document["dtype"]
         # Version 1 did not always write it.
         published = dict(document.get("published") or {})
+    except FormatError:
+        raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         found = f"a damaged description ({type(error).__name__}: {error})"
         raise FormatError(where, found, action="convert the checkpoint again") from None

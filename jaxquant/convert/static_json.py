@@ -7,6 +7,7 @@ listed here is ever built from a file.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from jaxquant.arrays.codes import CODES, Code
@@ -18,6 +19,7 @@ from jaxquant.nn.mla import LatentHeads
 from jaxquant.nn.moe import Routing
 from jaxquant.nn.rope import Rope
 
+_FLOATS = ("float8_e4m3fnuz", "float8_e5m2fnuz")
 _CLASSES = {
     cls.__name__: cls
     for cls in (ActSpec, LatentConfig, LatentHeads, Layout, ModelConfig, MoEConfig, Rope, Routing)
@@ -33,13 +35,33 @@ def to_json(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Code):
-        return {"@": "Code", "name": value.name}
+        if CODES.get(value.name) == value:
+            return {"@": "Code", "name": value.name}
+        # A checkpoint's own: a codebook (bitsandbytes), or a float type that is stored only.
+        return {"@": "Code", **dataclasses.asdict(value), "table": list(value.table)}
     if isinstance(value, tuple):
         return [to_json(item) for item in value]
     if type(value).__name__ in _CLASSES:
         fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"@": type(value).__name__, **fields}
     raise TypeError(f"{type(value).__name__} is no static description")
+
+
+def _code(fields: dict[str, Any]) -> Code | None:
+    """A code by its name, or by all its fields; None where they do not describe one."""
+    if set(fields) == {"name"}:
+        return CODES.get(fields["name"]) if isinstance(fields["name"], str) else None
+    if set(fields) != {f.name for f in dataclasses.fields(Code)}:
+        return None
+    name, bits, kind, dtype, table = (fields[f.name] for f in dataclasses.fields(Code))
+    codebook = kind == "table" and bits in range(1, 8) and dtype == "uint8"
+    if not isinstance(name, str) or not isinstance(table, list):
+        return None
+    if codebook and len(table) == 1 << bits:
+        known = all(type(value) is float and math.isfinite(value) for value in table)
+        return Code(name, bits, "table", dtype, tuple(table)) if known else None
+    floats = kind == "float" and bits == 8 and dtype in _FLOATS and not table
+    return Code(name, bits, "float", dtype) if floats else None
 
 
 def from_json(data: Any, where: str) -> Any:
@@ -54,8 +76,8 @@ def from_json(data: Any, where: str) -> Any:
         return data
     fields = dict(data)
     name = fields.pop("@", None)
-    if name == "Code" and fields.get("name") in CODES:
-        return CODES[fields["name"]]
+    if name == "Code" and (code := _code(fields)) is not None:
+        return code
     cls = _CLASSES.get(name) if isinstance(name, str) else None
     if cls is None:
         known = ", ".join(_CLASSES)
