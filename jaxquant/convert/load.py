@@ -28,7 +28,7 @@ from jaxquant.convert.read_gguf import open_gguf
 from jaxquant.convert.report import make_report
 from jaxquant.convert.save import is_saved, load_saved
 from jaxquant.convert.source import open_source
-from jaxquant.errors import ConfigError
+from jaxquant.errors import ConfigError, FormatError
 from jaxquant.models import CausalLM, build_model
 from jaxquant.nn.prepare import prepare_model
 from jaxquant.nn.stack import stack_layers
@@ -189,11 +189,22 @@ def from_pretrained(
 
 
 def tokenizer_of(path: Path) -> Tokenizer | None:
-    """The checkpoint's tokenizer, None where it has none."""
+    """The checkpoint's tokenizer, None where it has none.
+
+    A ``tokenizer.json`` beside a GGUF file stands in for one that cannot be rebuilt from it.
+
+    Raises:
+        FormatError: a tokenizer that cannot be read.
+    """
     if path.suffix == ".gguf":
         file = open_gguf(path)
         if file.metadata.get("tokenizer.ggml.model") in (None, "none", "no_vocab"):
             return None
-        found = read_tokenizer(file)
+        try:
+            found = read_tokenizer(file)
+        except FormatError:
+            if not (path.parent / "tokenizer.json").is_file():
+                raise
+            return Tokenizer.from_directory(path.parent)
         return Tokenizer(found.backend, found.chat_template, found.special)
     return Tokenizer.from_directory(path) if (path / "tokenizer.json").is_file() else None

@@ -8,6 +8,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from jaxquant.convert.gguf_tokenizer import metadata_of, read_tokenizer
+from jaxquant.convert.load import tokenizer_of
 from jaxquant.convert.read_gguf import open_gguf
 from jaxquant.convert.write_gguf import write_gguf
 from jaxquant.errors import FormatError
@@ -223,3 +224,16 @@ def test_tokenizers_that_gguf_cannot_describe():
     words = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     with pytest.raises(FormatError, match="WordLevel"):
         metadata_of(words, {})
+
+
+def test_a_tokenizer_beside_the_file_stands_in(tmp_path):
+    """As the error for an unknown split pattern advises."""
+    original = trained(None)
+    metadata = metadata_of(original, {}) | {"tokenizer.ggml.pre": "unheard-of"}
+    write_gguf(tmp_path / "model.gguf", metadata, [])
+    with pytest.raises(FormatError, match=r"tokenizer\.json beside"):
+        tokenizer_of(tmp_path / "model.gguf")
+    original.save(str(tmp_path / "tokenizer.json"))
+    found = tokenizer_of(tmp_path / "model.gguf")
+    assert found is not None
+    assert found.encode(TEXTS[0]) == original.encode(TEXTS[0]).ids
