@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("destination", help="directory to create; it must not exist")
     verb.add_argument("--plan", help="YAML plan: the precision and source of each weight")
     _names(verb)
-    verb.add_argument("--scheme", help="quantize every linear but lm_head, e.g. fp8 or w4a16_g32")
+    verb.add_argument("--scheme", help="quantize every linear of the layers, e.g. fp8 or w4a16_g32")
     _dtype(verb)
 
     verb = verbs.add_parser("export", help="write a checkpoint that other tools read")

@@ -66,7 +66,9 @@ def convert(arguments: argparse.Namespace) -> None:
         jq.Scheme.parse(arguments.scheme)
     model = _model(arguments, arguments.source, plan=arguments.plan)
     if arguments.scheme:
-        model = jq.quantize_model(model, {r"model\.layers\..*": arguments.scheme})
+        # Routers stay as they are, and so does the gate of a shared expert, which is a Linear.
+        linears = r"model\.layers\.(?!.*\.shared_expert_gate$).*"
+        model = jq.quantize_model(model, {linears: arguments.scheme})
     jq.save_pretrained(model, destination)
     print(model.report)
     print(f"{destination}: {_mebibytes(destination):.1f} MiB")

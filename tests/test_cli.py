@@ -13,6 +13,9 @@ import pytest
 
 import jaxquant as jq
 from jaxquant.cli import main
+from jaxquant.models import ModelConfig
+from tests.convert.writer import write_checkpoint
+from tests.small_models import CONFIGS, random_tensors
 
 BUNDLED = str(Path(jq.__file__).parent / "bundled" / "tiny-qwen3-moe")
 
@@ -106,6 +109,19 @@ def test_export_writes_a_file_that_reads_back_the_same(tmp_path, capsys):
     assert run("export", BUNDLED, str(out), "--format", "gguf") == 2, "nothing is overwritten"
     assert run("export", BUNDLED, str(tmp_path / "x"), "--format", "gguf", "--kind", "Q9") == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["small.gguf", "tiny.gguf"]
+
+
+def test_convert_leaves_routers_as_they_are(tmp_path, capsys):
+    tensors = random_tensors(ModelConfig.from_hf(CONFIGS["qwen2-moe"]))
+    source = write_checkpoint(tmp_path / "source", tensors, CONFIGS["qwen2-moe"])
+    assert run("convert", str(source), str(tmp_path / "out"), "--scheme", "fp8") == 0
+    capsys.readouterr()
+    assert run("inspect", str(tmp_path / "out"), "--json") == 0
+    rows = json.loads(capsys.readouterr().out)["tensors"]
+    formats = {row["name"]: row["format"] for row in rows}
+    assert "e4m3" in formats["model.layers.0.mlp.shared_expert.up_proj"]
+    for name in ("gate", "shared_expert_gate"):
+        assert "e4m3" not in formats[f"model.layers.0.mlp.{name}"]
 
 
 def test_bench_prints_rates(capsys):

@@ -172,7 +172,11 @@ def fill_cold_experts(groups: Mapping[str, dict[str, RawTensor]]) -> None:
             donor = choose(warm, key=lambda pair: pair[0])[1]
             known = {id(tensor) for _, tensor in warm}
             like = next(set(groups[path]) for path, t in present.items() if t is donor)
-            cold = [p for p in paths if p not in present and like <= {*groups[p], suffix}]
+            cold = [
+                p
+                for p in paths
+                if p not in present and like <= {*groups[p], suffix, "pre_quant_scale"}
+            ]
             cold += [path for path, tensor in present.items() if id(tensor) not in known]
             if not cold:
                 continue
