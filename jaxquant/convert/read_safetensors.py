@@ -171,19 +171,39 @@ def read_safetensors(path: Path) -> SafetensorsFile:
         dtype, shape, begin, end = _entry(f"{where}: {name}", buffer[low:high], data_bytes)
         spans.append((begin, end, name))
         offset, size = start + begin, end - begin
-        tensors[name] = RawTensor(
-            name,
-            dtype,
-            shape,
-            where,
-            _reader(buffer, dtype, shape, offset, size),
-            functools.partial(release_pages, buffer, offset, size),
-        )
+        tensors[name] = _tensor(buffer, where, name, dtype, shape, offset, size)
     _check_tiling(where, spans, data_bytes)
     return SafetensorsFile(tensors, metadata)
 
 
 LARGE = 1 << 20
+
+
+def _tensor(
+    buffer: mmap.mmap,
+    where: str,
+    name: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    offset: int,
+    size: int,
+) -> RawTensor:
+    """The tensor of ``size`` bytes at ``offset`` of a mapped file."""
+
+    def entry(index: int) -> RawTensor:
+        step = size // shape[0]
+        return _tensor(buffer, where, name, dtype, shape[1:], offset + index * step, step)
+
+    stacked = len(shape) > 1 and shape[0] > 0 and DTYPES[dtype][1] >= 8
+    return RawTensor(
+        name,
+        dtype,
+        shape,
+        where,
+        _reader(buffer, dtype, shape, offset, size),
+        functools.partial(release_pages, buffer, offset, size),
+        entry if stacked else None,
+    )
 
 
 def release_pages(buffer: mmap.mmap, offset: int, size: int) -> None:

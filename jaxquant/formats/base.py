@@ -90,6 +90,8 @@ class RawTensor:
         file: file it lies in, for error messages.
         read: returns the array (a read-only view of the file where that is possible).
         release: gives the memory behind such views back; they stay valid and are read again.
+        entry: ``entry(i)`` is one entry along the first axis, unread, that shares no memory with
+            the others; None where there is no such thing.
     """
 
     name: str
@@ -98,6 +100,9 @@ class RawTensor:
     file: str
     read: Callable[[], np.ndarray] = dataclasses.field(repr=False, compare=False)
     release: Callable[[], None] = dataclasses.field(default=lambda: None, repr=False, compare=False)
+    entry: Callable[[int], RawTensor] | None = dataclasses.field(
+        default=None, repr=False, compare=False
+    )
 
     @property
     def nbytes(self) -> int:
@@ -108,7 +113,7 @@ class RawTensor:
         """An error about this tensor."""
         return FormatError(f"{self.file}: {self.name}", found, rule, action)
 
-    def pick(self, label: str, index: Any, transpose: bool = False) -> RawTensor:
+    def pick(self, label: str, index: tuple[Any, ...], transpose: bool = False) -> RawTensor:
         """One entry of a stacked tensor as a tensor of its own, still unread.
 
         Args:
@@ -116,14 +121,22 @@ class RawTensor:
             index: index into the array as it is on disk.
             transpose: swap the two trailing axes afterwards.
         """
+        whole, rest = self, index
+        if self.entry is not None and index and type(index[0]) is int:
+            # Of a stack of gigabytes only the entry is mapped, and given back.
+            whole, rest = self.entry(index[0]), index[1:]
 
         def cut(array: np.ndarray) -> np.ndarray:
-            part = array[index]
+            part = array[rest]
             return part.swapaxes(-1, -2) if transpose else part
 
-        shape = cut(np.broadcast_to(np.uint8(0), self.shape)).shape
+        shape = cut(np.broadcast_to(np.uint8(0), whole.shape)).shape
         return dataclasses.replace(
-            self, name=self.name + label, shape=shape, read=lambda: cut(self.read())
+            whole,
+            name=self.name + label,
+            shape=shape,
+            read=lambda: cut(whole.read()),
+            entry=None,
         )
 
 

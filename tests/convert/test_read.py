@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxquant.arrays.codes import CODES
+from jaxquant.convert import read_safetensors
 from jaxquant.convert.read import kv_scales, modules, open_checkpoint, read_quantized, survey
 from jaxquant.convert.read_kv import kv_cache_scheme
 from jaxquant.errors import FormatError
@@ -658,6 +659,22 @@ def test_an_expert_of_16_bits_is_not_cold(tmp_path):
     assert found.modules[dense].format.name == "dense"
     claimed = {t.name for module in found.modules.values() for t in module.raw.values()}
     assert not claimed & set(found.tensors)
+
+
+def test_an_expert_of_a_stack_is_read_alone(tmp_path, monkeypatch):
+    stack = weights(3, 1024, 1024)
+    advised = []
+    monkeypatch.setattr(
+        read_safetensors, "advise", lambda octets, advice: advised.append(octets.size)
+    )
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    found = contents(tmp_path, {name: stack}).modules
+    for path, rows in (("1.gate_proj", slice(0, 512)), ("2.up_proj", slice(512, None))):
+        module = found[f"model.layers.0.mlp.experts.{path}"]
+        want = stack[int(path[0]), rows].astype(np.float32)
+        np.testing.assert_array_equal(value(module), want)
+        module.raw["weight"].release()
+    assert advised == [stack[0].nbytes] * 4
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 1), (2, 1, 1)])
