@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from jaxquant.arrays.qtensor import QTensor
 from jaxquant.convert.item import Item, ModelSource, scheme_item
 from jaxquant.convert.plan_file import BASE, PrecisionPlan, resolve
 from jaxquant.errors import LayoutError, PlanError
+from jaxquant.formats.base import FormatWarning
 from jaxquant.transforms.numeric import dequantize
 from jaxquant.transforms.structure import slice_axis
 
@@ -94,10 +96,11 @@ def _rescaled(a: np.ndarray, b: np.ndarray) -> bool:
     return bool(logs.size) and float(np.median(np.abs(logs - np.median(logs)))) > _SPREAD
 
 
-def _folding_problems(origins: Mapping[str, ModelSource]) -> list[str]:
-    """Two modules in a row between which one checkpoint has scales folded and the other has not.
+def _folding_doubts(origins: Mapping[str, ModelSource]) -> list[str]:
+    """Two modules in a row between which one checkpoint seems to have scales folded, not the other.
 
-    The first and the last such pair of any two checkpoints are looked at.
+    The first and the last such pair of any two checkpoints are looked at.  No more than a doubt:
+    weights say that they differ, not why.
     """
     pairs: dict[tuple[str, int, int], list[tuple[str, str]]] = {}
     for module, source in origins.items():
@@ -106,19 +109,19 @@ def _folding_problems(origins: Mapping[str, ModelSource]) -> list[str]:
         other = origins.get(following)
         if other is not None and other is not source:
             pairs.setdefault((last, id(source), id(other)), []).append((module, following))
-    problems = []
+    doubts = []
     for found in pairs.values():
         for module, following in dict.fromkeys((found[0], found[-1])):
             source, other = origins[module], origins[following]
             if module not in other.weights:
                 continue
             if _rescaled(_first_rows(source, module), _first_rows(other, module)):
-                problems.append(
-                    f"{following}: {other.path} has it scaled to fit its own "
+                doubts.append(
+                    f"{following}: {other.path} seems to have it scaled to fit its own "
                     f"{module.rpartition('.')[2]}, not that of {source.path} (AWQ and SmoothQuant "
                     "do that): take both from one checkpoint"
                 )
-    return problems
+    return doubts
 
 
 def mixed(
@@ -132,8 +135,10 @@ def mixed(
         sources: every checkpoint that the plan names, by resolved path.
     Raises:
         PlanError: weights that are missing, differ in shape, are not what the plan calls them, or
-            were smoothed for other norms than the base's; all problems.  Or weights that were
-            smoothed for another weight than the plan puts before them.
+            were smoothed for other norms than the base's; all problems.
+    Warns:
+        FormatWarning: weights that look as if they were smoothed for another weight than the plan
+            puts before them.
     """
     base = sources[plan.sources[BASE].resolve()]
     chosen, problems = resolve(plan, base.weights, base.config.family)
@@ -171,7 +176,8 @@ def mixed(
         other = sources[plan.sources[precision].resolve()]
         if other is not base:
             problems += _smoothing_problems(precision, base, other, modules)
-    problems = problems or _folding_problems(origins)
     if problems:
         raise PlanError(plan.file, problems, "correct the plan or the checkpoints it names")
+    for doubt in _folding_doubts(origins):
+        warnings.warn(f"{plan.file}: {doubt}", FormatWarning, stacklevel=2)
     return dataclasses.replace(opened, weights=weights, arrays=arrays, ignored=base.ignored)
