@@ -22,6 +22,7 @@ class Tokenizer:
     """The tokenizer of a checkpoint.
 
     Attributes:
+        backend: a ``tokenizers.Tokenizer``.
         chat_template: Jinja source of the checkpoint's chat format, or None.
         special: names of special tokens that templates may use (``bos_token`` ...).
     """
@@ -32,7 +33,7 @@ class Tokenizer:
         chat_template: str | None = None,
         special: Mapping[str, str] | None = None,
     ) -> None:
-        self._backend = backend
+        self.backend = backend
         self.chat_template = chat_template
         self.special = dict(special or {})
 
@@ -82,7 +83,7 @@ class Tokenizer:
         folder = Path(path)
         if not folder.is_dir():
             raise FormatError(str(folder), "no such directory", "a directory to write into")
-        self._backend.save(str(folder / "tokenizer.json"))
+        self.backend.save(str(folder / "tokenizer.json"))
         settings: dict[str, Any] = dict(self.special)
         if self.chat_template is not None:
             settings["chat_template"] = self.chat_template
@@ -99,7 +100,7 @@ class Tokenizer:
         if not isinstance(text, str):
             raise ConfigError("text", type(text).__name__, "one text is needed")
         with _failures("tokenizer.json", "a text cannot be encoded"):
-            return self._backend.encode(text, add_special_tokens=special).ids
+            return self.backend.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out.
@@ -111,7 +112,7 @@ class Tokenizer:
         known = token_ids("ids", ids, 2**31)
         if known.ndim != 1:
             raise ConfigError("ids", f"shape {known.shape}", "a list of token ids is needed")
-        return self._backend.decode(known.tolist(), skip_special_tokens=True)
+        return self.backend.decode(known.tolist(), skip_special_tokens=True)
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Prompt text for a conversation, ending where the assistant speaks.

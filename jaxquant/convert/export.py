@@ -18,7 +18,7 @@ from jaxquant.arrays.qtensor import QTensor
 from jaxquant.arrays.scheme import Scheme
 from jaxquant.convert.fresh import fresh_directory, refuse_existing
 from jaxquant.convert.gguf_export import export_gguf
-from jaxquant.convert.gguf_tokenizer import metadata_of
+from jaxquant.convert.gguf_tokenizer import metadata_of, special_ids
 from jaxquant.convert.item import Item, ModelSource, scheme_item, signature
 from jaxquant.convert.load import ReadAhead, tokenizer_of
 from jaxquant.convert.name_map import NameMap
@@ -142,15 +142,15 @@ def _export_gguf(
 
 
 def _tokenizer_metadata(source: ModelSource) -> dict[str, Any]:
-    """The tokenizer beside a checkpoint as GGUF metadata; {} and a warning where it has no form."""
-    import tokenizers
-
-    file = source.path / "tokenizer.json"
-    if not file.is_file():
-        return {}
-    special = {"eos": source.config.eos[0]} if source.config.eos else {}
+    """A checkpoint's tokenizer as GGUF metadata; {} and a warning where it has no form."""
     try:
-        return metadata_of(tokenizers.Tokenizer.from_file(str(file)), special)
+        tokenizer = tokenizer_of(source.path)
+        if tokenizer is None:
+            return {}
+        special = special_ids(tokenizer.backend, tokenizer.special)
+        if source.config.eos:
+            special["eos"] = source.config.eos[0]
+        return metadata_of(tokenizer.backend, special, tokenizer.chat_template)
     except FormatError as error:
         warnings.warn(f"exported without a tokenizer: {error}", FormatWarning, stacklevel=5)
         return {}

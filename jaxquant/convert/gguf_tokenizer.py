@@ -251,20 +251,25 @@ def _special_tokens(file: Gguf, vocabulary: _Vocabulary) -> dict[str, str]:
     return {f"{name}_token": vocabulary.tokens[i] for name, i in found.items() if i is not None}
 
 
-def metadata_of(tokenizer: Any, special: Mapping[str, int]) -> dict[str, Any]:
+def metadata_of(
+    tokenizer: Any, special: Mapping[str, int], chat_template: str | None = None
+) -> dict[str, Any]:
     """Metadata that describes a byte-level BPE tokenizer, for writing it into a GGUF file.
 
     Args:
         tokenizer: a ``tokenizers.Tokenizer``.
         special: token ids by role: ``bos``, ``eos``, ``unknown``, ``padding``.
+        chat_template: Jinja source of the chat format.
     Raises:
-        FormatError: the model is not BPE, or its split pattern has no name in GGUF.
+        FormatError: the model is not BPE, its split pattern has no name in GGUF, or it puts other
+            tokens around a text than those that begin and end one.
     """
     described = json.loads(tokenizer.to_str())
     model, pre = described["model"], described.get("pre_tokenizer") or {}
     name = _name_of_splits(pre)
     if model.get("type") != "BPE" or name is None:
         raise FormatError("tokenizer", f"{model.get('type')} model", "byte-level BPE, known split")
+    special, flags = _around(tokenizer, special)
     control = {token["id"] for token in described["added_tokens"] if token["special"]}
     own = {token["id"] for token in described["added_tokens"]} - control
     size = tokenizer.get_vocab_size(with_added_tokens=True)
@@ -278,7 +283,27 @@ def metadata_of(tokenizer: Any, special: Mapping[str, int]) -> dict[str, Any]:
         _key("token_type"): np.asarray(kinds, np.int32),
         _key("merges"): merges,
         **{_key(f"{role}_token_id"): np.uint32(number) for role, number in special.items()},
+        **{_key(f"add_{role}_token"): added for role, added in flags.items()},
+        **({"tokenizer.chat_template": chat_template} if chat_template else {}),
     }
+
+
+def special_ids(tokenizer: Any, names: Mapping[str, str]) -> dict[str, int]:
+    """Token ids by role, as :func:`metadata_of` wants them, of special tokens by name."""
+    texts = {role: names.get(f"{name}_token") for name, role in _SPECIAL.items()}
+    ids = {role: tokenizer.token_to_id(text) for role, text in texts.items() if text is not None}
+    return {role: number for role, number in ids.items() if number is not None}
+
+
+def _around(tokenizer: Any, special: Mapping[str, int]) -> tuple[dict[str, int], dict[str, bool]]:
+    """Special tokens, and which of ``bos`` and ``eos`` a text gets; what it gets first is bos."""
+    whole, plain = (tokenizer.encode("a", add_special_tokens=s).ids for s in (True, False))
+    start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    before, behind = whole[:start], whole[start + len(plain) :]
+    special = {**special, "bos": before[0]} if len(before) == 1 else dict(special)
+    if len(before) > 1 or behind not in ([], [special.get("eos")]):
+        raise FormatError("tokenizer", f"{before} and {behind} around a text", "one token each")
+    return special, {"bos": bool(before), "eos": bool(behind)}
 
 
 def _name_of_splits(pre: Mapping[str, Any]) -> str | None:

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from tokenizers import processors
 
 import jaxquant as jq
 from jaxquant import cli
 from jaxquant.convert import export as exporter
+from jaxquant.convert.load import tokenizer_of
 from jaxquant.convert.read import open_checkpoint, survey
 from jaxquant.convert.source import open_source
 from jaxquant.convert.write_safetensors import Entry, Piece, write_safetensors
@@ -22,6 +24,7 @@ from jaxquant.formats.arrange import Arrangement, same
 from jaxquant.formats.base import FormatWarning
 from jaxquant.formats.names import ignored_by
 from jaxquant.formats.targets import TARGETS, patterns
+from jaxquant.models import ModelConfig
 from jaxquant.transforms.numeric import as_numpy, requantize
 from tests.convert.export_cases import (
     BUNDLED,
@@ -33,7 +36,9 @@ from tests.convert.export_cases import (
     source_of,
     values,
 )
+from tests.convert.test_read_gguf_tokenizer import LLAMA3, trained
 from tests.convert.writer import write_checkpoint
+from tests.small_models import CONFIGS, random_tensors
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +157,34 @@ def test_a_gguf_file_becomes_a_directory(tmp_path):
     model = jq.from_pretrained(out, dtype=jnp.float32)
     text = "Once upon a time"
     assert model.tokenizer.decode(model.tokenizer.encode(text)) == text
+
+
+def test_gguf_keeps_what_a_tokenizer_puts_around_a_text(tmp_path):
+    config = CONFIGS["llama"] | {"vocab_size": 384, "bos_token_id": 0, "eos_token_id": 1}
+    source = write_checkpoint(
+        tmp_path / "source", random_tensors(ModelConfig.from_hf(config)), config
+    )
+    original = trained(LLAMA3)
+    original.post_processor = processors.TemplateProcessing(
+        single=["<|begin|>", "$A"], special_tokens=[("<|begin|>", 0)]
+    )
+    original.save(str(source / "tokenizer.json"))
+    settings = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "chat_template": "{{ messages }}"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    for name, old in (("a.gguf", source), ("b.gguf", tmp_path / "a.gguf")):
+        jq.export_pretrained(old, tmp_path / name, format="gguf")
+        found = tokenizer_of(tmp_path / name)
+        assert found is not None and found.chat_template == "{{ messages }}"
+        assert found.special == {"bos_token": "<|begin|>", "eos_token": "<|end|>"}
+        assert found.encode("Hello") == original.encode("Hello").ids
+        assert found.encode("Hello")[0] == 0
+    odd = processors.TemplateProcessing(
+        single=["<|end|>", "<|begin|>", "$A"], special_tokens=[("<|begin|>", 0), ("<|end|>", 1)]
+    )
+    original.post_processor = odd
+    original.save(str(source / "tokenizer.json"))
+    with pytest.warns(FormatWarning, match="around a text"):
+        jq.export_pretrained(source, tmp_path / "c.gguf", format="gguf")
 
 
 def test_a_converted_directory_is_exported_as_its_source_is(tmp_path):
