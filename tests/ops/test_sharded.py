@@ -27,6 +27,8 @@ from jaxquant.transforms.structure import split
 from tests.models.test_reference_models import BUNDLED
 from tests.ops.test_grouped_kernels import weight
 
+pytestmark = pytest.mark.usefixtures("few_optimizations")
+
 OUT, IN = 256, 512
 WEIGHT_ONLY = ("w4a16_g128", "w4a16_g32_asym", "w8a16", "nvfp4_a16")
 EIGHT_BIT = ("fp8", "fp8_b128", "w8a8")
