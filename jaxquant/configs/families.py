@@ -240,7 +240,7 @@ class ModelOptConfig(QuantizationConfig):
         quantized_layers: module -> algorithm, for "MIXED_PRECISION".
     """
 
-    methods = ("modelopt", "modelopt_fp8", "modelopt_fp4", "modelopt_mixed")
+    methods = ("modelopt", "modelopt_fp8", "modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed")
     keys: ClassVar = {
         "quant_algo": ("quant_algo",),
         "group_size": ("group_size",),

@@ -87,7 +87,7 @@ def _settings(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:
 
 def _spec(config: Mapping[str, Any], module: RawModule) -> HQQSpec:
     params = _settings(config, module.path)
-    bits, group = integer(params, "nbits"), integer(params, "group_size")
+    bits = integer(params, "nbits")
     if bits not in (1, 2, 3, 4, 8):
         raise FormatError("quantization_config: nbits", str(bits), "1, 2, 3, 4 or 8")
     if integer(params, "axis") != 1:
@@ -98,6 +98,8 @@ def _spec(config: Mapping[str, Any], module: RawModule) -> HQQSpec:
     if stored.shape != (2,) or stored.dtype not in ("I64", "I32"):
         raise stored.error(f"{stored.dtype} {list(stored.shape)}", "I64 [2]")
     out, inputs = (int(n) for n in stored.read())
+    whole = params.get("group_size", 0) is None
+    group = inputs if whole else integer(params, "group_size")
     if packed.dtype != ("I32" if bits == 3 else "U8"):
         raise packed.error(
             f"dtype {packed.dtype}", "U8 (I32 for 3 bits); view_as_float is not read"

@@ -57,7 +57,7 @@ from jaxquant.formats.scaled import (
     weight_shape,
 )
 
-METHODS = ("modelopt", "modelopt-fp8", "modelopt-fp4", "modelopt-mixed", "nvfp4")
+METHODS = ("modelopt", *(f"modelopt-{kind}" for kind in ("fp8", "fp4", "mxfp8", "mixed")), "nvfp4")
 SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale")
 ALIASES = {
     "FP8_PC_PT": "FP8_PER_CHANNEL_PER_TOKEN",

@@ -573,6 +573,13 @@ def test_rows_of_k_proj_must_be_the_configs_heads(tmp_path):
     assert path in error.where
 
 
+@pytest.mark.parametrize("kind", ["fp8", "fp4", "mxfp8", "mixed"])
+def test_methods_of_modelopt(kind, tmp_path):
+    case = CASES["modelopt-fp8"]
+    found = contents(tmp_path, named(case), case.config | {"quant_method": f"modelopt_{kind}"})
+    assert found.modules[DOWN].format.name == "modelopt"
+
+
 def test_quantized_tensors_need_a_config(tmp_path):
     assert "quantization_config" in str(refused(tmp_path, named(TENSOR)))
 

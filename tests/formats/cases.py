@@ -557,6 +557,13 @@ def hqq(bits, shape=(64, 192), group=64):
     return Case("hqq", config, arrays, weight, exact=False)
 
 
+def _hqq_channel():
+    """No group size: one scale for all inputs."""
+    case = hqq(4, group=192)
+    case.config["quant_config"]["weight_quant_params"]["group_size"] = None
+    return case
+
+
 def marlin(group, shape=(128, 256)):
     codes = rng().integers(0, 16, shape)
     scale = scales((shape[0], 1 if group == -1 else shape[1] // group), np.float16)
@@ -612,6 +619,7 @@ def _other_cases():
         "qserve-group": qserve(True),
         "gpt-oss": gpt_oss(),
         **{f"hqq-{bits}b": hqq(bits) for bits in (1, 2, 3, 4, 8)},
+        "hqq-channel": _hqq_channel(),
         "marlin-g128": marlin(128),
         "marlin-channel": marlin(-1),
         "auto-round-gptq": renamed(
