@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
+from jaxquant.convert.mix import _rescaled as rescaled
 from jaxquant.errors import PlanError
 from jaxquant.formats.base import FormatWarning
 from jaxquant.models import ModelConfig
+from jaxquant.transforms.numeric import dequantize, quantize
 from tests.convert.writer import write_checkpoint
 from tests.small_models import CONFIGS, random_tensors
 
@@ -72,3 +74,16 @@ def test_weights_that_were_scaled_for_another_norm_are_refused(folders, tmp_path
 
 def test_a_norm_that_was_scaled_does_not_matter_to_what_follows_later(folders, tmp_path):
     loaded(folders, tmp_path, "norm", "model.layers.*.mlp.down_proj.weight")
+
+
+def test_coarse_codes_are_told_from_smoothing():
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(256, 128)).astype(np.float32)
+    factors = np.exp(rng.normal(size=(256, 1)) / 8).astype(np.float32)
+
+    def seen(scheme, factor):
+        made = np.asarray(dequantize(quantize(w * factor, scheme, ("out", "in"))))
+        return rescaled(w, made) and rescaled(made, w)
+
+    assert [seen(scheme, 1) for scheme in ("w2a16_g128", "w4a16_g128", "fp8")] == [False] * 3
+    assert [seen(scheme, factors) for scheme in ("w4a16_g128", "fp8")] == [True] * 2
