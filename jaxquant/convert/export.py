@@ -34,7 +34,7 @@ from jaxquant.convert.source import open_source
 from jaxquant.convert.write_safetensors import Entry, Piece, write_safetensors
 from jaxquant.errors import ConfigError, FormatError
 from jaxquant.formats.arrange import Arrangement, same
-from jaxquant.formats.base import Format, FormatWarning, Spec, disk_dtype
+from jaxquant.formats.base import Format, FormatWarning, Spec, by_auto_round, disk_dtype
 from jaxquant.formats.dense import DENSE
 from jaxquant.formats.scaled import Side
 from jaxquant.formats.targets import TARGETS, Target
@@ -299,7 +299,11 @@ def _array_piece(name: str, written: str, item: Item, load: Callable[[str], Any]
 
 def _write_config(folder: Path, source: ModelSource, quantization: Mapping[str, Any]) -> None:
     config = {k: v for k, v in source.published.items() if k not in _OLD_CONFIGS}
-    text = json.dumps({**config, "quantization_config": dict(quantization)}, indent=2)
+    old, new = source.published.get("quantization_config"), dict(quantization)
+    if isinstance(old, Mapping) and by_auto_round(old):
+        # Its scales have both signs, which readers that check them must know.
+        new["provider"] = "auto-round"
+    text = json.dumps({**config, "quantization_config": new}, indent=2)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 

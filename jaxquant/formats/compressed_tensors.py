@@ -35,6 +35,7 @@ from jaxquant.formats.base import (
     RawModule,
     Slot,
     Spec,
+    by_auto_round,
     method_of,
 )
 from jaxquant.formats.ct_config import (
@@ -131,11 +132,13 @@ def _spec(config: Mapping[str, Any], module: RawModule) -> Spec | None:
             "a quantized module has one of them",
             "the checkpoint is incomplete: download or export it again",
         )
-    if packed is None:
-        return _scaled(module, group, group.weights)
-    if packed.dtype not in ("U8", "I8"):
-        return packed_spec(module, group.weights, group.activations, written_by(config))
-    return _fp4(module, group, written_by(config))
+    if packed is not None and packed.dtype in ("U8", "I8"):
+        return _fp4(module, group, written_by(config))
+    if packed is not None:
+        spec = packed_spec(module, group.weights, group.activations, written_by(config))
+    else:
+        spec = _scaled(module, group, group.weights)
+    return dataclasses.replace(spec, signed_scales=by_auto_round(config))
 
 
 def _fp4(module: RawModule, group: Group, version: tuple[int, int]) -> Fp4Spec:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ from tests.convert.export_cases import (
 )
 from tests.convert.test_read_gguf_tokenizer import LLAMA3, trained
 from tests.convert.writer import write_checkpoint
+from tests.formats.cases import gptq
 from tests.small_models import CONFIGS, random_tensors
 
 
@@ -157,6 +159,26 @@ def test_a_gguf_file_becomes_a_directory(tmp_path):
     model = jq.from_pretrained(out, dtype=jnp.float32)
     text = "Once upon a time"
     assert model.tokenizer.decode(model.tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("target", ["gptq", "awq", "compressed-tensors"])
+def test_scales_of_both_signs_read_back(target, tmp_path):
+    """Those of symmetric weights of AutoRound."""
+    case, path = gptq(4, 64, shape=(64, 192)), "model.layers.0.mlp.down_proj"
+    config = CONFIGS["llama"] | {"hidden_size": 64, "intermediate_size": 192}
+    tensors = random_tensors(ModelConfig.from_hf(config | {"num_hidden_layers": 1}))
+    del tensors[f"{path}.weight"]
+    signs = np.where(np.arange(64) % 2, 1, -1).astype(np.float16)
+    arrays = case.arrays | {"scales": case.arrays["scales"] * signs}
+    tensors |= {f"{path}.{suffix}": array for suffix, array in arrays.items()}
+    quant = case.config | {"provider": "auto-round"}
+    config |= {"num_hidden_layers": 1, "quantization_config": quant}
+    source = write_checkpoint(tmp_path / "source", tensors, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FormatWarning)
+        jq.export_pretrained(source, tmp_path / "out", format=target)
+        found, want = (jq.read_quantized(f)[path] for f in (tmp_path / "out", source))
+    np.testing.assert_array_equal(jq.dequantize(found), jq.dequantize(want))
 
 
 def test_gguf_keeps_what_a_tokenizer_puts_around_a_text(tmp_path):
