@@ -65,13 +65,15 @@ def convert(arguments: argparse.Namespace) -> None:
     if arguments.scheme:
         jq.Scheme.parse(arguments.scheme)
     model = _model(arguments, arguments.source, plan=arguments.plan)
+    print(model.report)
+    made = ""
     if arguments.scheme:
         # Routers stay as they are, and so does the gate of a shared expert, which is a Linear.
         linears = r"model\.layers\.(?!.*\.shared_expert_gate$).*"
         model = jq.quantize_model(model, {linears: arguments.scheme})
+        made = f", layers quantized to {arguments.scheme}"
     jq.save_pretrained(model, destination)
-    print(model.report)
-    print(f"{destination}: {_mebibytes(destination):.1f} MiB")
+    print(f"{destination}: {_mebibytes(destination):.1f} MiB{made}")
 
 
 def export(arguments: argparse.Namespace) -> None:

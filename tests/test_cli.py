@@ -115,7 +115,8 @@ def test_convert_leaves_routers_as_they_are(tmp_path, capsys):
     tensors = random_tensors(ModelConfig.from_hf(CONFIGS["qwen2-moe"]))
     source = write_checkpoint(tmp_path / "source", tensors, CONFIGS["qwen2-moe"])
     assert run("convert", str(source), str(tmp_path / "out"), "--scheme", "fp8") == 0
-    capsys.readouterr()
+    loaded, written = capsys.readouterr().out.strip().rsplit("\n", 1)
+    assert loaded.startswith("loaded ") and "MiB, layers quantized to fp8" in written
     assert run("inspect", str(tmp_path / "out"), "--json") == 0
     rows = json.loads(capsys.readouterr().out)["tensors"]
     formats = {row["name"]: row["format"] for row in rows}
