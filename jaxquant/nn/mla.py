@@ -178,11 +178,18 @@ class LatentAttention(nnx.Module):
         h, dtype = self.heads, q_nope.dtype
         # Half of this weight is contracted along its outputs, where its scales do not follow; the
         # dense copy lives only inside the jitted program.
-        weight = dequantize(self.kv_b_proj.weight.get_value(), dtype, axes=("out", "in"))
+        q, bias = self.kv_b_proj.weight.get_value(), self.kv_b_proj.bias
+        weight = dequantize(q, dtype, axes=("out", "in"))
+        if q.pre_scale is not None:
+            latent = latent * q.pre_scale.reshape(-1).astype(dtype)
         to_key, to_value = jnp.split(weight.reshape(h.heads, -1, h.latent), [h.nope], axis=1)
         q_latent = einsum("bthn,hnl->bthl", q_nope, to_key).astype(dtype)
         scores = einsum("bthl,bsl->bhts", q_latent, latent)
         scores += einsum("bthr,bsr->bhts", q_rope, k_rope[:, :, 0])
         weights = probabilities(scores * h.scale, mask).astype(dtype)
         mixed = einsum("bhts,bsl->bthl", weights, latent).astype(dtype)
-        return einsum("bthl,hvl->bthv", mixed, to_value).astype(dtype)
+        mixed = einsum("bthl,hvl->bthv", mixed, to_value)
+        if bias is not None:
+            # What a bias adds to the scores is the same for every key; weights add up to one.
+            mixed += bias.get_value().astype(jnp.float32).reshape(h.heads, -1)[:, h.nope :]
+        return mixed.astype(dtype)

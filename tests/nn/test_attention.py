@@ -15,7 +15,7 @@ from jaxquant.errors import ConfigError
 from jaxquant.models import ModelConfig, build_model
 from jaxquant.nn.attention import Step, attend
 from jaxquant.nn.cache import empty_entry, read, write
-from jaxquant.nn.linear import QWeight
+from jaxquant.nn.linear import Linear, QWeight
 from jaxquant.nn.rope import Rope, frequencies
 from jaxquant.nn.stack import stack_layers
 from jaxquant.transforms.numeric import dequantize, quantize
@@ -40,6 +40,24 @@ def test_plain_and_absorbed_forms_agree(scheme: str):
     # The expansion matters: another kv_b gives another output.
     kv_b.weight = QWeight(jax.tree.map(lambda a: a[::-1], quantized))
     assert relative(attention(x, step, absorbed=True)[0], plain) > 0.1
+
+
+@pytest.mark.parametrize("extra", ["pre_scale", "bias"])
+def test_the_absorbed_form_has_all_of_the_expansion(extra: str):
+    attention = small_model("deepseek-v3-yarn").model.layers[0].self_attn
+    x = jax.random.normal(jax.random.key(0), (2, 9, 32))
+    step = Step.at(attention.rope, jnp.broadcast_to(jnp.arange(9), (2, 9)))
+    without, _ = attention(x, step, absorbed=False)
+    kv_b, rng = attention.kv_b_proj, np.random.default_rng(1)
+    q = kv_b.weight.get_value()
+    if extra == "bias":
+        attention.kv_b_proj = Linear(q, jnp.asarray(rng.normal(size=q.shape[0]), jnp.float32))
+    else:
+        pre_scale = jnp.asarray(rng.uniform(0.5, 2, (1, q.shape[1])), jnp.float32)
+        kv_b.weight = QWeight(dataclasses.replace(q, pre_scale=pre_scale))
+    plain, _ = attention(x, step, absorbed=False)
+    assert relative(plain, without) > 0.1
+    assert relative(attention(x, step, absorbed=True)[0], plain) < 1e-5
 
 
 @pytest.mark.parametrize("tokens", [8, 9, 16])
