@@ -26,9 +26,9 @@ from pallas_kernels.launch import GRID, WARPGROUP, launch
 from pallas_kernels.problem import Config, Kernel, Problem, require_hopper
 from pallas_kernels.tiles import load, load_global, round_up, scale_rows, silu, store_global
 
-# Largest code of each type, and the least amplitude taken for a row, so that zeros divide well.
+# Largest code of each type, and the least scale, the smallest normal float32: zeros divide well.
 LARGEST = {"float8_e4m3fn": 448.0, "int8": 127.0}
-TINY = 1e-30
+LEAST_SCALE = 2.0**-126
 # Values of a row that a thread may hold: of 255 registers, those that addresses and operands leave.
 MOST_VALUES = 160
 
@@ -228,11 +228,11 @@ def _quantize_rows(
             values = values if norm is None else values * norm
         elif asymmetric:
             low, high = reduced
-            scale = lax.max(high - low, TINY) * (1 / (2 * largest + 1))
+            scale = lax.max((high - low) * (1 / (2 * largest + 1)), LEAST_SCALE)
             zero = jnp.round(-largest - 1 - low / scale)
         else:
             amplitude = amplitude if blocked else reduced[0]
-            scale = jnp.maximum(amplitude, TINY) * (1 / largest)
+            scale = jnp.maximum(amplitude * (1 / largest), LEAST_SCALE)
         store_global(outputs[0].at[row, mine], _encode(values, scale, zero, problem))
         if static:
             return

@@ -10,7 +10,7 @@ from pallas_kernels.a8_problem import GROUP
 from pallas_kernels.grouped_a8 import grouped_a8_problem
 from pallas_kernels.matmul_a8 import a8_problem
 from pallas_kernels.quantize import Quantized, ScaleLayout, quantize_problem
-from pallas_kernels.quantize_rows import LARGEST, TINY
+from pallas_kernels.quantize_rows import LARGEST, LEAST_SCALE
 
 
 def contract(x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -146,16 +146,16 @@ def quantize(
         x = x * lax.rsqrt(mean_square + rms_epsilon) * rms_weight.astype(jnp.float32)
     if layout == "1x128":
         groups = jnp.pad(jnp.abs(x), ((0, 0), (0, -k % GROUP))).reshape(m, -1, GROUP)
-        spread = scale = jnp.maximum(groups.max(2), TINY) / largest
+        spread = scale = jnp.maximum(groups.max(2) / largest, LEAST_SCALE)
         spread = jnp.repeat(spread, GROUP, axis=1)[:, :k]
         scale = jnp.pad(scale.T, ((0, 0), (0, -m % 4)))
     elif not symmetric:
         low = jnp.minimum(x.min(1, keepdims=True), 0)
         high = jnp.maximum(x.max(1, keepdims=True), 0)
-        spread = scale = jnp.maximum(high - low, TINY) / (2 * largest + 1)
+        spread = scale = jnp.maximum((high - low) / (2 * largest + 1), LEAST_SCALE)
         zero = jnp.round(-largest - 1 - low / scale).astype(jnp.int32)
     elif scale is None:
-        spread = scale = jnp.maximum(jnp.abs(x).max(1, keepdims=True), TINY) / largest
+        spread = scale = jnp.maximum(jnp.abs(x).max(1, keepdims=True) / largest, LEAST_SCALE)
     else:
         spread = scale
     x = x / spread

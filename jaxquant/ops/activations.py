@@ -14,7 +14,13 @@ from jax import lax
 import pallas_kernels as pk
 from jaxquant.arrays.scheme import ActSpec
 from jaxquant.errors import LayoutError
-from jaxquant.transforms.numeric import E2M1_THRESHOLDS, encode_values, power_of_two_scale
+from jaxquant.transforms.numeric import (
+    E2M1_THRESHOLDS,
+    LEAST_SCALE,
+    LEAST_TENSOR_SCALE,
+    encode_values,
+    power_of_two_scale,
+)
 
 
 def gate(x: jax.Array) -> jax.Array:
@@ -197,13 +203,13 @@ def _dynamic_scale(amax: jax.Array, spec: ActSpec, tensor_scale: Any) -> jax.Arr
         amax = jnp.minimum(amax, spec.upper_bound)
     if spec.scale_code in ("mx", "mx_rounded"):
         return power_of_two_scale(amax, spec.code, spec.scale_code == "mx_rounded")
-    scale = _divide(amax, spec.levels)
+    scale = jnp.maximum(_divide(amax, spec.levels), LEAST_SCALE)
     if spec.scale_code == "e8m0":
         mantissa, exponent = jnp.frexp(scale)
         scale = jnp.ldexp(jnp.float32(1), exponent - (mantissa == 0.5))
     elif spec.scale_code == "e4m3":
         local = jnp.clip(_divide(scale, tensor_scale), 2.0**-9, 448.0).astype(jnp.float8_e4m3fn)
-        scale = _rounded(local) * tensor_scale
+        scale = jnp.maximum(_rounded(local) * tensor_scale, LEAST_SCALE)
     return jnp.where(amax > 0, scale, 1.0)
 
 
@@ -243,14 +249,14 @@ def quantize_activation(x: jax.Array, q: Activated) -> ExactCodes:
         tensor_scale = static
         if spec.scale_code == "e4m3" and static is None:
             tensor_scale = jnp.max(amax, initial=0.0) / (spec.levels * 448.0)
-            tensor_scale = jnp.where(tensor_scale > 0, tensor_scale, 1.0)
+            tensor_scale = jnp.maximum(tensor_scale, LEAST_TENSOR_SCALE)
         scale, zero = _dynamic_scale(amax, spec, tensor_scale), None
         scaled = _divide(blocks, scale)
     else:
         low = jnp.min(blocks, axis=axes, keepdims=True, initial=0.0)
         high = jnp.max(blocks, axis=axes, keepdims=True, initial=0.0)
         scale = _divide(high - low, spec.code.max - spec.code.min)
-        scale = jnp.where(scale > 0, scale, 1.0)
+        scale = jnp.where(high > low, jnp.maximum(scale, LEAST_SCALE), 1.0)
         zero = jnp.clip(
             jnp.round(spec.code.min - _divide(low, scale)), spec.code.min, spec.code.max
         )

@@ -21,6 +21,11 @@ from jaxquant.transforms.structure import to_axes
 
 E2M1_THRESHOLDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
+LEAST_SCALE = 2.0**-126
+"""The smallest normal float32.  Devices flush smaller ones to zero, and 0 / 0 is no code."""
+LEAST_TENSOR_SCALE = LEAST_SCALE * 2**9
+"""Least upper scale of two levels: its product with the least e4m3 number is normal too."""
+
 
 def code_values(q: QTensor, dtype: Any = jnp.float32) -> Any:
     """The codes of ``q`` as numbers, without scales or zeros: ``[*lead, *axes]``."""
@@ -200,8 +205,9 @@ def _quantize(w: jax.Array, scheme: Scheme) -> QTensor:
         jnp.bfloat16 if block[1] and code.kind != "float" and block[0] == 1 else jnp.float32
     )
     if scheme.scale_code == "e4m3":
-        tensor = jnp.max(amax, axis=(-4, -3, -2, -1), keepdims=True) / (code.max * 448.0)
-        tensor = jnp.where(tensor > 0, tensor, 1.0)
+        largest = jnp.max(amax, axis=(-4, -3, -2, -1), keepdims=True)
+        tensor = largest / (code.max * 448.0)
+        tensor = jnp.where(largest > 0, jnp.maximum(tensor, LEAST_TENSOR_SCALE), 1.0)
         local = jnp.clip(amax / code.max / tensor, 2.0**-9, 448.0).astype(jnp.float8_e4m3fn)
         scale, stored = local.astype(jnp.float32) * tensor, local
         top = (tensor[..., 0, :, 0],)
@@ -211,8 +217,8 @@ def _quantize(w: jax.Array, scheme: Scheme) -> QTensor:
     elif not scheme.symmetric:
         low = jnp.minimum(jnp.min(blocks, axis=(-3, -1), keepdims=True), 0.0)
         high = jnp.maximum(jnp.max(blocks, axis=(-3, -1), keepdims=True), 0.0)
-        stored = ((high - low) / (code.max - code.min)).astype(scale_dtype)
-        stored = jnp.where(stored > 0, stored, 1).astype(scale_dtype)
+        step = jnp.maximum((high - low) / (code.max - code.min), LEAST_SCALE)
+        stored = jnp.where(high > low, step, 1.0).astype(scale_dtype)
         scale = stored.astype(jnp.float32)
         zero = jnp.clip(jnp.round(code.min - low / scale), code.min, code.max)
         blocks = blocks + zero * scale
@@ -221,7 +227,7 @@ def _quantize(w: jax.Array, scheme: Scheme) -> QTensor:
         # Integer codes reach one further down than up: use it where the extreme is negative.
         low = -jnp.min(blocks, axis=(-3, -1), keepdims=True) / -code.min
         high = jnp.max(blocks, axis=(-3, -1), keepdims=True) / code.max
-        widest = jnp.maximum(low, high)
+        widest = jnp.maximum(jnp.maximum(low, high), LEAST_SCALE)
         stored = jnp.where(amax > 0, widest, 1.0).astype(scale_dtype)
         scale = stored.astype(jnp.float32)
     # Few codes can say that they are no numbers: the scale of their cell does.

@@ -12,7 +12,7 @@ from jaxquant.arrays.codes import CODES
 from jaxquant.arrays.scheme import ActSpec
 from jaxquant.errors import ConfigError, KernelError, LayoutError
 from jaxquant.transforms.leading import stack
-from jaxquant.transforms.numeric import quantize
+from jaxquant.transforms.numeric import dequantize, quantize
 from jaxquant.transforms.structure import to_axes
 from tests.ops import oracle
 
@@ -149,6 +149,27 @@ def test_zero_rows_give_zeros_not_nan():
     for scheme in ACTS:
         _, q = case(scheme)
         assert not np.asarray(ops.matmul(jnp.zeros((3, SHAPE[1])), q)).any()
+
+
+@pytest.mark.parametrize("scheme", [*ACTS, "w4a16_g64", "w4a16_g64_asym", "nvfp4", "mxfp4"])
+@pytest.mark.parametrize("largest", [1e-35, 1e-36, 3e-38])
+def test_rows_and_cells_whose_scale_would_be_subnormal(scheme, largest):
+    """Divided by the largest code they leave the normal numbers, which devices flush to zero."""
+    x, q = case(scheme)
+    assert np.isfinite(np.asarray(_matmul(x * np.float32(largest / np.abs(x).max()), q))).all()
+    weight = np.asarray(dequantize(q))
+    tiny = weight * np.float32(largest / np.abs(weight).max())
+    tiny_q = _quantize(tiny, scheme, ("out", "in"))
+    error = np.abs(np.asarray(dequantize(tiny_q)) - tiny).max()
+    assert error <= max(np.abs(tiny).max() / 4, 448 * 2.0**-126)
+    assert np.isfinite(np.asarray(_matmul(x, tiny_q))).all()
+
+
+def test_asymmetric_rows_whose_scale_would_be_subnormal():
+    act = ActSpec(CODES["int8"], symmetric=False)
+    x, q = case("w8a8")
+    tiny = x * np.float32(1e-36 / np.abs(x).max())
+    assert np.isfinite(np.asarray(_matmul(tiny, dataclasses.replace(q, act=act)))).all()
 
 
 def test_no_dense_weight_leaves_the_program():

@@ -11,8 +11,8 @@ import pytest
 
 from pallas_kernels import KernelError, xla
 from pallas_kernels.problem import H200, select
-from pallas_kernels.quantize import quantize, quantize_problem
-from pallas_kernels.quantize_rows import QUANTIZE_KERNELS, QuantizeConfig
+from pallas_kernels.quantize import Quantized, quantize, quantize_problem
+from pallas_kernels.quantize_rows import LARGEST, QUANTIZE_KERNELS, QuantizeConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +180,30 @@ def test_a_forgotten_fusion_is_noticed(fused):
 def test_zeros_stay_zeros():
     got = xla.quantize(jnp.zeros((2, 512)), dtype=jnp.int8, layout="token")
     assert (np.asarray(got.codes) == 0).all() and np.isfinite(np.asarray(got.scale)).all()
+
+
+TINY_ROWS = [Case(3, layout=layout, dtype=d) for layout in ("token", "1x128") for d in LARGEST]
+TINY_ROWS.append(Case(3, dtype="int8", asymmetric=True))
+
+
+@pytest.mark.parametrize("run", [pytest.param("interpret", marks=pytest.mark.interpret), "xla"])
+@pytest.mark.parametrize("case", TINY_ROWS, ids=str)
+def test_small_rows_keep_their_values(case, run, request):
+    """Rows of 1e-31 have scales of their own; those whose scale is subnormal stay finite."""
+    x = case.operands()["x"]
+    x = x * jnp.asarray([[1e-31], [1e-37], [1e-40]], x.dtype) / jnp.abs(x).max(1, keepdims=True)
+    if run == "interpret":
+        got = request.getfixturevalue("interpret")(quantize, x, **case.options)
+    else:
+        got = xla.quantize(x, **case.options)
+    case = dataclasses.replace(case, m=1)
+    first = Quantized(*(None if a is None else a[:1] for a in got))
+    if case.layout == "1x128":
+        first = got._replace(codes=got.codes[:1])
+    assert worst_step(case, {"x": x[:1]}, first) < 0.51
+    assert np.asarray(first.scale).ravel()[0] < 2.01e-31 / LARGEST[case.dtype]
+    scale = np.asarray(got.scale)[..., :3] if case.layout == "1x128" else np.asarray(got.scale)
+    assert (scale >= 2.0**-126).all() and np.isfinite(np.asarray(got.codes, np.float32)).all()
 
 
 @pytest.mark.parametrize("m", [1, 200, pytest.param(13, marks=pytest.mark.interpret)])
