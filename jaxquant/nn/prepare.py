@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any, TypeVar
 
-import jax
 from flax import nnx
 
 from jaxquant.arguments import instance
@@ -18,7 +17,7 @@ from jaxquant.nn.mla import LatentAttention
 from jaxquant.nn.moe import PROJECTIONS, Experts
 from jaxquant.ops.prepared import Prepared, prepare, unprepare
 from jaxquant.ops.prepared_bank import join_banks, prepare_bank, split_bank, unprepare_bank
-from jaxquant.ops.sharded import Sharded, shard, unshard
+from jaxquant.ops.sharded import Sharded, on_several_devices, shard, unshard
 from jaxquant.ops.sharded_bank import (
     bank_gains,
     join_shards,
@@ -142,17 +141,12 @@ def _cut(module: nnx.Module, names: tuple[str, ...], joined: str) -> None:
 
 
 def _prepare_weight(q: QTensor) -> QTensor | Prepared | Sharded:
-    return shard(q) if _spread(q) else prepare(q)
-
-
-def _spread(value: Any) -> bool:
-    """Whether a weight lies on several devices."""
-    return any(len(leaf.devices()) > 1 for leaf in jax.tree.leaves(value))
+    return shard(q) if on_several_devices(q) else prepare(q)
 
 
 def _prepare_experts(experts: Experts) -> None:
     banks = [variable.get_value() for variable in _projections(experts)]
-    if _spread(banks):
+    if on_several_devices(banks):
         if not any(isinstance(bank, Sharded) for bank in banks):
             _shard_experts(experts, banks)
         return

@@ -17,6 +17,7 @@ from jaxquant.arrays.layout import WHOLE, Layout
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.ops.kernels import candidates
 from jaxquant.ops.prepared import refusal
+from jaxquant.ops.sharded import on_several_devices
 from jaxquant.transforms.structure import concat, refine, split
 
 # Leaves that concern the input, so that joined weights have them in common.
@@ -49,7 +50,7 @@ def _joinable(weights: Sequence[QTensor]) -> bool:
     steps = {grid[0] for grid in (*layout.scales, *layout.zeros)}
     if WHOLE in steps and steps - {WHOLE, 1}:
         return False
-    if any(len(leaf.devices()) > 1 for leaf in jax.tree.leaves(weights)):
+    if on_several_devices(weights):
         return False
     return all(_equal(getattr(q, n), getattr(first, n)) for q in others for n in _SHARED)
 

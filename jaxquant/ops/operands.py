@@ -71,7 +71,8 @@ def bank(where: str, value: Any) -> ExpertBank | StackedBank:
         raise LayoutError(where, f"experts of {sorted(shapes)}", "all have one shape")
     if stacked:
         _whole_numbers(where, "layer", value.layer, (), shapes.pop()[0][0])
-    return value
+    # Loops index experts by traced numbers, which arrays of NumPy do not take.
+    return jax.tree.map(jnp.asarray, value)
 
 
 def group_sizes(where: str, sizes: Any, experts: int, rows: int) -> jax.Array:

@@ -140,6 +140,13 @@ def own(depth: int, parts: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[(0,) * depth], parts)
 
 
+def on_several_devices(value: Any) -> bool:
+    """Whether any leaf lies on more than one device; arrays of NumPy lie on none."""
+    return any(
+        isinstance(leaf, jax.Array) and len(leaf.devices()) > 1 for leaf in jax.tree.leaves(value)
+    )
+
+
 def _placed(leaf: Any, spec: PartitionSpec, mesh: Mesh) -> bool:
     return leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
 

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxquant as jq
 from jaxquant import ops
 from jaxquant.arrays.bank import Run, StackedBank
 from jaxquant.errors import LayoutError
 from jaxquant.nn import Linear
+from jaxquant.nn.basic import MLP
 from jaxquant.transforms.experts import bank_experts, plan_experts
 
 OUT, IN = 128, 256
@@ -61,6 +63,24 @@ def test_numpy_operands():
     np.testing.assert_array_equal(jq.matmul(x, FP8), jq.matmul(jnp.asarray(x), FP8))
     wide = jq.grouped_matmul(x, BANK, np.ones(4, np.int64), source=np.arange(4))
     np.testing.assert_array_equal(wide, jq.grouped_matmul(jnp.asarray(x), BANK, SIZES))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_banks_of_numpy_leaves(scheme):
+    bank = bank_of(WEIGHTS[scheme])
+    got = jq.grouped_matmul(X, jax.tree.map(np.asarray, bank), SIZES)
+    np.testing.assert_array_equal(got, jq.grouped_matmul(X, bank, SIZES))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_prepare_model_of_linears_with_numpy_leaves(scheme):
+    def mlp(change):
+        one, other = (jq.quantize(w, scheme, ("out", "in")) for w in (W, W.T))
+        return MLP(*(Linear(jax.tree.map(change, q)) for q in (one, one, other)), "silu")
+
+    prepared = jq.prepare_model(mlp(np.asarray))
+    found, expected = (nnx.state(m) for m in (prepared, jq.prepare_model(mlp(jnp.asarray))))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 MATMULS = {
