@@ -23,6 +23,8 @@ from jaxquant.nn.linear import Linear
 from jaxquant.nn.mla import LatentAttention
 from jaxquant.nn.moe import MoE
 from jaxquant.nn.stack import Layers, is_stack, scan_run
+from jaxquant.ops.sharded import Sharded
+from jaxquant.ops.sharded_bank import run_shapes
 
 
 class DecoderLayer(nnx.Module):
@@ -190,8 +192,12 @@ class CausalLM(nnx.Module):
         total = 0
         for _, variable in nnx.to_flat_state(nnx.state(self)):
             value = variable.get_value()
-            tensors = value.parts if isinstance(value, ExpertBank) else (value,)
-            total += sum(math.prod(tensor.shape) for tensor in tensors)
+            if isinstance(value, Sharded) and isinstance(value.parts, ExpertBank):
+                shapes = run_shapes(value)
+            else:
+                tensors = value.parts if isinstance(value, ExpertBank) else (value,)
+                shapes = [tensor.shape for tensor in tensors]
+            total += sum(map(math.prod, shapes))
         return total
 
     def split(self) -> tuple[nnx.GraphDef[CausalLM], nnx.State]:

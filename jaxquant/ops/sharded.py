@@ -48,6 +48,14 @@ class Placement:
         """The mesh axes."""
         return {axis for axis in (self.expert, self.out, self.inner) if axis is not None}
 
+    def whole(self, shape: Sequence[int], mesh: Mesh) -> tuple[int, ...]:
+        """Logical shape of the weight of which each device has ``[*lead, out, in]``."""
+        split = (*(self.expert for _ in shape[:-2]), self.out, self.inner)
+        return tuple(
+            n if axis is None else n * mesh.shape[axis]
+            for n, axis in zip(shape, split, strict=True)
+        )
+
     def specs(self, q: QTensor) -> QTensor:
         """PartitionSpecs of the whole weight that ``q`` is, or is a part of."""
         return partition(q, {"out": self.out, "in": self.inner}, (self.expert,) * len(q.lead))
@@ -114,13 +122,8 @@ class Sharded:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Logical shape of the whole weight, ``[*lead, out, in]``."""
-        place = self.placement
-        split = (*(place.expert for _ in self.part.lead), place.out, place.inner)
-        return tuple(n * self._ways(axis) for n, axis in zip(self.part.shape, split, strict=True))
-
-    def _ways(self, axis: str | None) -> int:
-        return 1 if axis is None else self.mesh.shape[axis]
+        """Logical shape of the whole weight, ``[*lead, out, in]``; banks have one for each run."""
+        return self.placement.whole(self.part.shape, self.mesh)
 
     def extent(self, axis: str) -> int:
         """Elements of the whole weight along "out" or "in"."""

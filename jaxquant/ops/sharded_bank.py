@@ -52,6 +52,14 @@ def unshard_bank(bank: Sharded) -> ExpertBank:
     return ExpertBank(parts, _runs_of([part.lead[0] for part in parts]))
 
 
+def run_shapes(bank: Sharded) -> list[tuple[int, ...]]:
+    """Logical shape ``[expert, out, in]`` of each run of the whole bank, before kernel order."""
+    runs = jax.eval_shape(_unprepare_runs, bank.part)
+    return [
+        place.whole(run.shape, bank.mesh) for run, place in zip(runs, bank.placements, strict=True)
+    ]
+
+
 def bank_gains(bank: Sharded) -> bool:
     """Whether a kernel takes a run of each device's bank."""
     part = bank.part

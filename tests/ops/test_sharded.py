@@ -21,7 +21,7 @@ from jaxquant.ops import sharded
 from jaxquant.ops.activations import QActivation, as_rows, quantize_activation
 from jaxquant.ops.prepared import Prepared, prepare
 from jaxquant.ops.sharded import Sharded, shard, unshard
-from jaxquant.ops.sharded_bank import local_positions, shard_bank, unshard_bank
+from jaxquant.ops.sharded_bank import local_positions, run_shapes, shard_bank, unshard_bank
 from jaxquant.transforms.experts import bank_experts, plan_experts
 from jaxquant.transforms.structure import split
 from tests.models.test_reference_models import BUNDLED
@@ -227,6 +227,10 @@ def test_experts_over_devices(name, axes):
     experts = prepared.experts
     assert is_prepared(prepared) and isinstance(experts.down_proj.get_value(), Sharded)
     assert experts.gate_up_proj is not None, "gate and up in one launch on every device"
+    both, down = experts.gate_up_proj.get_value(), experts.down_proj.get_value()
+    parts = [part.shape for part in layer.experts.down_proj.get_value().parts]
+    assert run_shapes(down) == parts
+    assert run_shapes(both) == [(count, 2 * inn, out) for count, out, inn in parts]
     back = unprepare_model(prepared)
     assert not is_prepared(back)
     for projection in PROJECTIONS:
@@ -285,7 +289,7 @@ def test_a_model_on_a_mesh(tmp_path, monkeypatch, scheme):
     monkeypatch.setattr(load, "has_kernels", lambda: True)
     mesh = mesh_of(ep=2, tp=2)
     model = jq.from_pretrained(tmp_path / "saved", mesh=mesh)
-    assert is_prepared(model)
+    assert is_prepared(model) and model.num_weights == small.num_weights
     ids = jnp.asarray([[5, 6, 7, 8], [9, 10, 11, 12]], jnp.int32)
     limit = 5e-2 if scheme == "fp8" else 1e-5
     assert error(model(ids), small(ids)) < limit
