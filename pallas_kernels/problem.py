@@ -191,7 +191,9 @@ def dtype_bits(dtype: Any) -> int:
 
 
 def require_hopper(problem: Problem) -> str | None:
-    """Return the refusal shared by all kernels that use wgmma and TMA."""
+    """Return the refusal shared by all kernels: another GPU, or nothing to compute."""
+    if 0 in (problem.m, problem.n, problem.k):
+        return f"M, N and K must be at least 1, not {problem.m}, {problem.n} and {problem.k}"
     if problem.device.capability == "9.0":
         return None
     return (
@@ -246,7 +248,9 @@ def tuned_config(kernels: Iterable[Kernel], problem: Problem) -> tuple[Kernel, C
     double because the best tile follows it most, and another kind counting one.  Entries that
     cannot run `problem`, even after `Config.adapted`, are passed over.
     """
-    by_name = {kernel.name: kernel for kernel in kernels}
+    by_name = {kernel.name: kernel for kernel in kernels if kernel.accepts(problem) is None}
+    if not by_name:  # an empty problem has no distance to any other
+        return None
 
     def distance(entry: dict[str, Any]) -> float:
         rows = problem.m / max(problem.experts, 1)
@@ -260,7 +264,7 @@ def tuned_config(kernels: Iterable[Kernel], problem: Problem) -> tuple[Kernel, C
     entries = tuned_table(problem.device).get(problem.op, [])
     for entry in sorted((e for e in entries if e["kind"] in problem.kinds), key=distance):
         kernel = by_name.get(entry["kernel"])
-        if kernel is None or kernel.accepts(problem):
+        if kernel is None:
             continue
         config = kernel.config_type(**entry["config"]).adapted(problem)
         if config.refuses(problem) is None:

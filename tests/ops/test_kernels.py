@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxquant as jq
 import pallas_kernels as pk
+from jaxquant.arrays.bank import ExpertBank, Run
 from jaxquant.arrays.codes import CODES
 from jaxquant.arrays.scheme import ActSpec
 from jaxquant.errors import KernelError, LayoutError
@@ -22,7 +23,7 @@ from jaxquant.formats.gguf_types import TYPES
 from jaxquant.formats.qserve import QSERVE
 from jaxquant.nn.prepare import unprepare_model
 from jaxquant.ops import select
-from jaxquant.ops.fused import rms_norm_quantize
+from jaxquant.ops.fused import rms_norm_quantize, silu_mul_quantize
 from jaxquant.ops.prepared import Prepared, prepare, unprepare
 from tests.formats.cases import qserve
 from tests.ops import oracle
@@ -248,6 +249,29 @@ def test_weights_on_a_mesh_are_left_to_xla(monkeypatch):
         column, mesh=mesh, in_specs=(PartitionSpec(), specs), out_specs=PartitionSpec(None, "tp")
     )
     assert kernels_in(inside, jax.device_put(x, here), spread) == 2, "a device's own part"
+
+
+@pytest.mark.parametrize("scheme", [*A8, *PACKED])
+def test_no_rows_have_no_kernel(scheme, monkeypatch):
+    """A GPU gets them from XLA; kernels that are asked for by name say why they refuse."""
+    x, q = activation()[:0], prepare(weight(scheme))
+    taking = [reason for name, reason in reasons_of(x, q).items() if "at least 1" in reason]
+    assert taking, "refused for having no rows"
+    monkeypatch.setattr(select, "has_gpu", lambda: True)
+    assert jq.matmul(x, q).shape == (0, SHAPE[0])
+    one = jax.tree.map(lambda leaf: leaf[None], q)
+    bank = ExpertBank((one,), (Run(0, 1),))
+    assert jq.grouped_matmul(x, bank, jnp.zeros(1, jnp.int32)).shape == (0, SHAPE[0])
+    fused = (
+        rms_norm_quantize(x, jnp.ones(SHAPE[1]), 1e-5, [q]),
+        silu_mul_quantize(jnp.concatenate([x, x], axis=1), [q]),
+    )
+    assert all(made.shape == x.shape for made in fused)
+
+
+def test_kernels_refuse_no_rows_by_their_own_error():
+    with pytest.raises(pk.KernelError, match="at least 1"):
+        pk.quantize(activation()[:0], dtype=jnp.int8, layout="token")
 
 
 def test_old_gpus_are_told_why(monkeypatch):
