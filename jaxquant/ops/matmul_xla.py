@@ -106,7 +106,9 @@ def _weight_only(x: jax.Array, q: QTensor, in_axis: int) -> jax.Array:
 def _both_in_epilogue(act: ExactCodes, q: QTensor, in_axis: int) -> jax.Array:
     weight = _code_matrix(q)
     assert q.act is not None
-    if q.act.code.name == "int8" and q.layout.code.kind == "int":
+    # Codes minus zero points need a bit more than codes, which int8 may not have.
+    integers = q.layout.code.kind == "int" and q.layout.affine == "symmetric"
+    if q.act.code.name == "int8" and integers:
         y = _integer_dot(act.codes, weight, in_axis)
     else:
         y = _dot(act.codes, weight, in_axis)

@@ -124,6 +124,28 @@ def test_dynamic_asymmetric_int8():
     )
 
 
+def test_codes_minus_zero_points_leave_int8(monkeypatch):
+    """Other devices than CPUs multiply operands of 8 bits."""
+
+    def other_device(*operands, default, **_):
+        return default(*operands)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", other_device)
+    x, q = case("w8a16_asym")
+    code, zeros = CODES["int8"], np.asarray(q.zeros[0], np.int16) - 128
+    data = np.asarray(q.data[0], np.int16) - 128
+    assert np.abs(data - zeros).max() > 127
+    q = dataclasses.replace(
+        q,
+        data=(data.astype(np.int8),),
+        zeros=(zeros.astype(np.int8),),
+        layout=dataclasses.replace(q.layout, code=code),
+        act=ActSpec(code),
+    ).check()
+    expected = oracle.token_int8(x.astype(np.float64)) @ oracle.weight(q).T
+    assert oracle.relative(ops.matmul(jnp.asarray(x), q), expected) < 1e-5
+
+
 def test_act_order_gathers_the_activations():
     x, q = case("w4a16_g64_asym")
     perm = np.random.default_rng(3).permutation(SHAPE[1]).astype(np.int32)
