@@ -75,7 +75,8 @@ def generate(
 
     Prompt length and ``max_new_tokens`` are rounded up to powers of two, and each such bucket is
     compiled once; the decode loop runs on the device and stops when every row has ended.  A row's
-    tokens do not depend on the other rows' lengths.
+    tokens do not depend on the other rows, but for weights whose checkpoint asks for one computed
+    activation scale for all of them (compressed-tensors: dynamic, strategy "tensor").
 
     Args:
         model: a causal language model.

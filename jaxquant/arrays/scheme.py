@@ -49,7 +49,8 @@ class ActSpec:
         scale_code: how the scale itself is rounded: ``"f32"``, ``"e8m0"`` (up to a power of two)
             ``"mx"`` (the OCP microscaling exponent), ``"mx_rounded"`` (the same with the largest
             magnitude rounded up from 1.75 times a power of two, as compressed-tensors does) or
-            ``"e4m3"`` (two-level, NVFP4).
+            ``"e4m3"`` (two-level, NVFP4: the upper scale is a leaf of the QTensor, or computed from
+            the token where there is none).
         upper_bound: largest magnitude that a dynamic scale may represent (FBGEMM), in activation
             units.
     """

@@ -248,7 +248,10 @@ def quantize_activation(x: jax.Array, q: Activated) -> ExactCodes:
         amax = jnp.max(jnp.abs(blocks), axis=axes, keepdims=True, initial=0.0)
         tensor_scale = static
         if spec.scale_code == "e4m3" and static is None:
-            tensor_scale = jnp.max(amax, initial=0.0) / (spec.levels * 448.0)
+            # One for each token: what a row becomes must not depend on the rows beside it.
+            tensor_scale = jnp.max(amax, axis=-2, keepdims=True, initial=0.0) / (
+                spec.levels * 448.0
+            )
             tensor_scale = jnp.maximum(tensor_scale, LEAST_TENSOR_SCALE)
         scale, zero = _dynamic_scale(amax, spec, tensor_scale), None
         scaled = _divide(blocks, scale)

@@ -11,6 +11,7 @@ import jaxquant.ops as ops
 from jaxquant.arrays.codes import CODES
 from jaxquant.arrays.scheme import ActSpec
 from jaxquant.errors import ConfigError, KernelError, LayoutError
+from jaxquant.ops.activations import quantize_activation
 from jaxquant.transforms.leading import stack
 from jaxquant.transforms.numeric import dequantize, quantize
 from jaxquant.transforms.structure import to_axes
@@ -185,6 +186,17 @@ def test_rows_and_cells_whose_scale_would_be_subnormal(scheme, largest):
     error = np.abs(np.asarray(dequantize(tiny_q)) - tiny).max()
     assert error <= max(np.abs(tiny).max() / 4, 448 * 2.0**-126)
     assert np.isfinite(np.asarray(_matmul(x, tiny_q))).all()
+
+
+@pytest.mark.parametrize("scheme", [*ACTS, "nvfp4", "mxfp4", "mxfp8"])
+def test_rows_do_not_depend_on_each_other(scheme):
+    x, q = case(scheme)
+    loud = np.concatenate([x[:3], 1e4 * x[3:]])
+    for beside in (loud, x[:3]):
+        np.testing.assert_array_equal(
+            quantize_activation(jnp.asarray(beside), q).dequantize()[:3],
+            quantize_activation(jnp.asarray(x), q).dequantize()[:3],
+        )
 
 
 def test_asymmetric_rows_whose_scale_would_be_subnormal():
