@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -31,6 +32,13 @@ REFUSED = {
 }
 """Layers that look like a linear but whose weight has no single in and out axis."""
 
+_COMPUTATION = {
+    name: parameter.default
+    for name, parameter in inspect.signature(nnx.Linear.__init__).parameters.items()
+    if name in ("dot_general", "promote_dtype", "preferred_element_type")
+}
+"""Options of nnx.Linear that replace parts of its computation, with their defaults."""
+
 
 def quantize_model(model: M, rules: Mapping[str, Scheme | str | None]) -> M:
     """Return a copy of an NNX model with quantized linears.
@@ -52,7 +60,8 @@ def quantize_model(model: M, rules: Mapping[str, Scheme | str | None]) -> M:
         The copy.
     Raises:
         ConfigError: a rule that matches no layer, a scheme that does not fit a layer, a matched
-            layer that is quantized already or cannot be (LinearGeneral, Einsum, a subclass).
+            layer that is quantized already or cannot be (LinearGeneral, Einsum, a subclass, an
+            nnx.Linear with its own dot_general, promote_dtype or preferred_element_type).
     """
     instance("quantize_model", model, nnx.Module, "an NNX model is needed")
     instance("rules", rules, Mapping, "a mapping is needed", 'e.g. {"up_proj$": "w4a16_g128"}')
@@ -179,6 +188,11 @@ def _quantized(path: str, layer: Any, scheme: Scheme) -> Linear:
     if type(layer) is not nnx.Linear:
         rule = "its own computation would be lost"
         raise ConfigError(path, f"{type(layer).__name__}, a subclass of nnx.Linear", rule)
+    for name, default in _COMPUTATION.items():
+        if getattr(layer, name) is not default:
+            found = f"nnx.Linear with a {name} of its own"
+            action = "leave it out of the rules, or build the layer without it"
+            raise ConfigError(path, found, "its own computation would be lost", action)
     return _from_nnx(path, layer, scheme)
 
 

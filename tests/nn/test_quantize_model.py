@@ -116,6 +116,25 @@ def test_a_subclass_is_refused_only_when_matched():
         quantize_model(holder, {"b": "fp8"})
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"dot_general": lambda *operands, **options: 2 * jax.lax.dot_general(*operands, **options)},
+        {"promote_dtype": lambda arrays, dtype: arrays},
+        {"preferred_element_type": jnp.float32},
+    ],
+    ids=lambda own: next(iter(own)),
+)
+def test_a_computation_of_its_own_is_refused_only_when_matched(own):
+    holder = nnx.Dict(
+        a=nnx.Linear(16, 8, rngs=nnx.Rngs(0)), b=nnx.Linear(16, 8, rngs=nnx.Rngs(0), **own)
+    )
+    quantize_model(holder, {"a": "fp8"})
+    with pytest.raises(ConfigError, match=next(iter(own))) as error:
+        quantize_model(holder, {"b": "fp8"})
+    assert error.value.where == "b"
+
+
 def test_own_model_with_experts_in_their_own_precision():
     model = small_model("qwen3-moe")
     ids = np.arange(12, dtype=np.int32)[None]
