@@ -86,7 +86,8 @@ def generate(
             sampled.
         top_k: sample among so many most likely tokens only.
         top_p: then among the fewest most likely tokens that hold this share of the probability.
-        seed: same seed, prompts and settings give the same tokens; rows draw independently.
+        seed: of 64 bits with a sign; same seed, prompts and settings give the same tokens; rows
+            draw independently.
         eos: token id or ids that end a row; None takes the checkpoint's, ``()`` none.
     Returns:
         For each prompt its new tokens, the ending one included; for texts, the new text.
@@ -136,7 +137,7 @@ def generate(
         lengths,
         jnp.int32(max_new_tokens),
         jnp.asarray(stops, jnp.int32),
-        jax.random.key(seed),
+        _key(seed),
         numbers,
     )
     out, counts = np.asarray(out), np.asarray(counts)
@@ -153,6 +154,13 @@ def _sampled(temperature: float, top_p: float | None) -> tuple[float, float | No
     if top_p is not None and not 0 < top_p <= 1:
         raise ConfigError("top_p", str(top_p), "above 0, at most 1")
     return temperature, top_p
+
+
+def _key(seed: int) -> jax.Array:
+    """A key of all 64 bits of a seed; JAX by itself takes the lower 32."""
+    high, low = divmod(seed % 2**64, 2**32)
+    key = jax.random.key(np.uint32(low))
+    return jax.random.fold_in(key, np.uint32(high)) if high else key
 
 
 def _row(i: int, row: Any, vocabulary: int) -> np.ndarray:

@@ -98,6 +98,9 @@ def test_seeds(model: CausalLM):
         return generate(model, [[5, 9]] * 3, max_new_tokens=8, temperature=1.5, seed=seed, eos=())
 
     assert draw(1) == draw(1) != draw(2)
+    # Equal in their lower 32 bits.
+    alike = (1, 1 + 2**32, 1 + 2**33, 1 - 2**32, 1 - 2**63)
+    assert len({str(draw(seed)) for seed in alike}) == len(alike)
     rows = draw(1)
     assert rows[0] != rows[1] != rows[2]
 
