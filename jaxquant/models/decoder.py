@@ -183,8 +183,9 @@ class CausalLM(nnx.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weights and arrays."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(self)))
+        """Bytes of all weights and arrays, also of an abstract model."""
+        leaves = jax.tree.leaves(nnx.state(self))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
     @property
     def num_weights(self) -> int:

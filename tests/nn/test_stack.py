@@ -94,7 +94,9 @@ def test_unstacking_is_the_exact_inverse():
     back = unstack_layers(stacked)
     assert nnx.split(back)[0] == nnx.split(model)[0] and unstack_layers(model) is model
     assert jax.tree.all(jax.tree.map(np.array_equal, nnx.state(back), nnx.state(model)))
-    assert stacked.nbytes == model.nbytes and stacked.num_weights == model.num_weights
+    abstract = nnx.eval_shape(lambda: nnx.clone(model))
+    for other in (stacked, abstract):
+        assert other.nbytes == model.nbytes and other.num_weights == model.num_weights
     assert str(jq.explain(stacked, 4)) == str(jq.explain(model, 4))
 
 
