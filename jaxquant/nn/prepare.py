@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from flax import nnx
 
 from jaxquant.arguments import instance
+from jaxquant.arrays.bank import Run
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.nn.attention import Attention
 from jaxquant.nn.basic import MLP
@@ -15,6 +17,7 @@ from jaxquant.nn.joined import JoinedLinear, cut_linear, join_linears
 from jaxquant.nn.linear import Linear, QWeight
 from jaxquant.nn.mla import LatentAttention
 from jaxquant.nn.moe import PROJECTIONS, Experts
+from jaxquant.nn.stack import Layers, is_stack, layer_of, layer_runs, sequences, stack_run
 from jaxquant.ops.prepared import Prepared, prepare, unprepare
 from jaxquant.ops.prepared_bank import join_banks, prepare_bank, split_bank, unprepare_bank
 from jaxquant.ops.sharded import Sharded, on_several_devices, shard, unshard
@@ -54,6 +57,10 @@ def prepare_model(model: Model) -> Model:
     or sharded.  :func:`jaxquant.from_pretrained` does it where the machine has such kernels;
     weights are converted module by module, so that only those of one are in memory twice.
 
+    Stacked layers are prepared one by one and stacked again, twice each, so that the old stack, the
+    new one and one layer are in memory together.  Stacks on a mesh stay as they are, since the
+    parts of devices have no axis for layers.
+
     Args:
         model: any NNX model with :class:`jaxquant.Linear` layers; it is left as it was.
     Raises:
@@ -61,6 +68,8 @@ def prepare_model(model: Model) -> Model:
     """
     instance("prepare_model", model, nnx.Module, "an NNX model is needed")
     prepared = nnx.clone(model)
+    for sequence in sequences(prepared):
+        _prepare_stacks(sequence)
     for module, names, joined in _joins(prepared):
         _join(module, names, joined)
     for path, node in list(nnx.iter_graph(prepared)):
@@ -138,6 +147,41 @@ def _cut(module: nnx.Module, names: tuple[str, ...], joined: str) -> None:
         setattr(module, joined, nnx.static(None))
         for name, linear in zip(names, cut_linear(both), strict=True):
             setattr(module, name, nnx.data(linear))
+
+
+def _prepare_stacks(sequence: Layers) -> None:
+    """Prepare the layers of every stack, each of which may be several stacks then."""
+    layers: list[nnx.Module] = []
+    runs: list[Run] = []
+    for run, item in zip(sequence.runs, list(sequence.layers), strict=True):
+        made = _prepared_stack(item, run.stop - run.start) if is_stack(run) else None
+        for part, own in made or [(item, Run(0, run.stop - run.start))]:
+            layers.append(part)
+            runs.append(Run(run.start + own.start, run.start + own.stop))
+    sequence.layers, sequence.runs = nnx.List(layers), tuple(runs)
+
+
+def _prepared_stack(stack: nnx.Module, count: int) -> list[tuple[nnx.Module, Run]] | None:
+    """The stacks that the prepared layers of one are, None where nothing changes."""
+    if on_several_devices(nnx.state(stack)):
+        return None
+
+    def prepared(run: Run) -> Iterator[nnx.Module]:
+        return (prepare_model(layer_of(stack, i)) for i in range(run.start, run.stop))
+
+    if len(layer_runs([layer_of(stack, 0), next(prepared(Run(0, 1)))])) == 1:
+        return None
+    # Whether projections are joined may depend on their values, and so on the layer.
+    runs = layer_runs(prepared(Run(0, count)))
+    return [
+        (
+            stack_run(prepared(run), run.stop - run.start)
+            if is_stack(run)
+            else next(prepared(run)),
+            run,
+        )
+        for run in runs
+    ]
 
 
 def _prepare_weight(q: QTensor) -> QTensor | Prepared | Sharded:

@@ -24,6 +24,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxquant.arguments import instance
 from jaxquant.arrays.bank import ExpertBank, Run, StackedBank
+from jaxquant.errors import LayoutError
+from jaxquant.ops.sharded import Sharded
 from jaxquant.transforms.experts import equal_runs
 from jaxquant.transforms.leading import take_lead
 
@@ -105,7 +107,9 @@ def stack_run(layers: Iterable[M], count: int) -> M:
     return nnx.merge(graph, stack)
 
 
-def _layer_of(stack: M, index: int) -> M:
+def layer_of(stack: M, index: int) -> M:
+    """One layer of a stack; inverse of :func:`stack_run`."""
+
     def take(leaf: Any) -> Any:
         shape = leaf.shape[1:]
         return jax.ShapeDtypeStruct(shape, leaf.dtype) if _abstract(leaf) else leaf[index]
@@ -114,8 +118,16 @@ def _layer_of(stack: M, index: int) -> M:
     return nnx.merge(graph, jax.tree.map(take, state))
 
 
-def _sequences(model: nnx.Module) -> list[Layers]:
+def sequences(model: nnx.Module) -> list[Layers]:
+    """Every sequence of layers in a model."""
     return [node for _, node in nnx.iter_graph(model) if isinstance(node, Layers)]
+
+
+def _has_cut_weights(layer: nnx.Module) -> bool:
+    def is_cut(value: Any) -> bool:
+        return isinstance(value, Sharded)
+
+    return any(map(is_cut, jax.tree.leaves(nnx.state(layer), is_leaf=is_cut)))
 
 
 def stack_layers(model: M) -> M:
@@ -129,12 +141,20 @@ def stack_layers(model: M) -> M:
         model: an NNX model with :class:`Layers` in it, real or abstract; left as it was.
     Raises:
         ConfigError: no NNX model.
+        LayoutError: equal layers hold weights that are cut over a mesh in kernel order.
     """
     copy = nnx.clone(unstack_layers(model))
-    for sequence in _sequences(copy):
+    for sequence in sequences(copy):
         layers = list(sequence.layers)
         sequence.runs = layer_runs(layers)
         parts = [layers[run.start : run.stop] for run in sequence.runs]
+        if any(map(_has_cut_weights, (p[0] for p in parts if len(p) > 1))):
+            raise LayoutError(
+                "stack_layers",
+                "layers whose weights are cut over a mesh in kernel order",
+                "the parts that devices hold have no axis for layers",
+                "unprepare_model first: on a mesh a model is stacked or in kernel order",
+            )
         sequence.layers = nnx.List([stack_run(p, len(p)) if len(p) > 1 else p[0] for p in parts])
     return copy
 
@@ -146,14 +166,14 @@ def unstack_layers(model: M) -> M:
         ConfigError: no NNX model.
     """
     instance("model", model, nnx.Module, "an NNX model is needed")
-    if not any(sequence.stacked for sequence in _sequences(model)):
+    if not any(sequence.stacked for sequence in sequences(model)):
         return model
     copy = nnx.clone(model)
-    for sequence in _sequences(copy):
+    for sequence in sequences(copy):
         items = zip(sequence.runs, list(sequence.layers), strict=True)
         sequence.layers = nnx.List(
             [
-                _layer_of(item, index) if is_stack(run) else item
+                layer_of(item, index) if is_stack(run) else item
                 for run, item in items
                 for index in range(run.stop - run.start)
             ]

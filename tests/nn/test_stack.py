@@ -13,6 +13,7 @@ from flax import nnx
 
 import jaxquant as jq
 from jaxquant.arrays.bank import Run
+from jaxquant.arrays.qtensor import QTensor
 from jaxquant.models import CausalLM, ModelConfig, build_model
 from jaxquant.models.source import abstract
 from jaxquant.nn.prepare import prepare_model, unprepare_model
@@ -184,6 +185,28 @@ def test_prepared_weights_stack_in_any_module():
     assert jax.tree.all(jax.tree.map(np.array_equal, back, nnx.state(tower)))
     x = jax.random.normal(keys[0], (4, 128))
     assert np.allclose(nnx.jit(stacked)(x), tower(x), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16_g64", "w4a8_g64", "fp8"])
+def test_a_stacked_model_takes_kernel_order(scheme: str):
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128}
+    sizes |= {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 16}
+    model = jq.quantize_model(model_of("qwen3-moe", 3, **sizes), {r"layers\..*": scheme})
+    stacked = stack_layers(model)
+    prepared, expected = prepare_model(stacked), stack_layers(prepare_model(model))
+    assert nnx.split(prepared)[0] == nnx.split(expected)[0]
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(prepared), nnx.state(expected))
+    attention = prepared.model.layers[0].self_attn
+    assert attention.qkv_proj is not None and attention.q_proj is None
+    kind = QTensor if scheme == "fp8" else Prepared
+    assert isinstance(attention.o_proj.weight.get_value(), kind)
+    back = unprepare_model(prepared)
+    assert nnx.split(back)[0] == nnx.split(stacked)[0]
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(back), nnx.state(stacked))
+    again = prepare_model(prepared)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(prepared))
+    for ours, theirs in zip(with_cache(prepared), with_cache(model), strict=True):
+        assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
 
 
 def lowered(layers: int, stacked: bool) -> Any:

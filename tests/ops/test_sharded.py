@@ -289,6 +289,8 @@ def test_a_model_on_a_mesh(tmp_path, monkeypatch, scheme):
     monkeypatch.setattr(load, "has_kernels", lambda: True)
     mesh = mesh_of(ep=2, tp=2)
     model = jq.from_pretrained(tmp_path / "saved", mesh=mesh)
+    with pytest.raises(LayoutError, match="unprepare_model"):
+        jq.stack_layers(model)
     assert is_prepared(model) and model.num_weights == small.num_weights
     ids = jnp.asarray([[5, 6, 7, 8], [9, 10, 11, 12]], jnp.int32)
     limit = 5e-2 if scheme == "fp8" else 1e-5
