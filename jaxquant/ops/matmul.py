@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
 import jax
 
@@ -57,7 +57,11 @@ def matmul(
         if isinstance(x, QActivation):
             found, rule = "quantized activations", "a weight on a mesh quantizes on every device"
             raise LayoutError("matmul", found, rule, "pass the dense activation")
-        run = functools.partial(run_matmul, backend=resolve(backend))
+        chosen = resolve(backend)
+
+        def run(x: jax.Array, part: QTensor | Prepared, dtype: Any) -> jax.Array:
+            return run_matmul(x, part, chosen, dtype)
+
         return matmul_on_parts(run, x, q)
     if isinstance(x, QActivation) and (x.act != q.act or q.pre_scale is not None):
         before = ", after a pre-scale" if q.pre_scale is not None else ""

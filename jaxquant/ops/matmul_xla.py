@@ -8,6 +8,7 @@ codes before the dot.  The dense weight exists only inside the jitted program.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,8 +63,11 @@ def _code_matrix(q: QTensor) -> jax.Array:
     return values
 
 
-def matmul_xla(x: jax.Array | QActivation, q: QTensor) -> jax.Array:
-    """``[..., in] x q -> [..., out]`` in ``x.dtype``; see :func:`jaxquant.ops.matmul.matmul`."""
+def matmul_xla(x: jax.Array | QActivation, q: QTensor, dtype: Any = None) -> jax.Array:
+    """``[..., in] x q -> [..., out]``; see :func:`jaxquant.ops.matmul.matmul`.
+
+    ``dtype`` is that of the result, None for ``x.dtype``; up to it the arithmetic is float32.
+    """
     in_axis = q.layout.index("in")
     if q.pre_scale is not None and not isinstance(x, QActivation):
         x = x * q.pre_scale.reshape(-1).astype(x.dtype)
@@ -73,7 +77,7 @@ def matmul_xla(x: jax.Array | QActivation, q: QTensor) -> jax.Array:
         y = _quantized(quantize_activation(x, q), q, in_axis)
     else:
         y = _weight_only(x, q, in_axis)
-    return y.astype(x.dtype)
+    return y.astype(x.dtype if dtype is None else dtype)
 
 
 def _quantized(act: ExactCodes, q: QTensor, in_axis: int) -> jax.Array:

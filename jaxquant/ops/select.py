@@ -94,30 +94,36 @@ def explain_grouped(part: QTensor | Prepared, rows: int) -> Choice:
     return _explain(*_first(grouped_candidates(x, part, part.lead[0]), part))
 
 
-def _xla(x: jax.Array | QActivation, weight: QTensor | Prepared) -> jax.Array:
-    return matmul_xla(x, unprepare(weight) if isinstance(weight, Prepared) else weight)
+def _xla(dtype: Any, x: jax.Array | QActivation, weight: QTensor | Prepared) -> jax.Array:
+    return matmul_xla(x, unprepare(weight) if isinstance(weight, Prepared) else weight, dtype)
 
 
 def run_matmul(
-    x: jax.Array | QActivation, weight: QTensor | Prepared, backend: Backend
+    x: jax.Array | QActivation, weight: QTensor | Prepared, backend: Backend, dtype: Any = None
 ) -> jax.Array:
-    """Run ``matmul`` on a resolved backend; dense weights need no kernel of ours."""
+    """Run ``matmul`` on a resolved backend; dense weights need no kernel of ours.
+
+    ``dtype`` is that of the result, None for ``x.dtype``.  Kernels round to ``x.dtype`` first.
+    """
+    dtype = x.dtype if dtype is None else dtype
     strict = backend in ("pallas", "interpret")
+    slow = functools.partial(_xla, dtype)
     if _dense(weight) or not tries_kernels(backend):
-        return _xla(x, weight)
+        return slow(x, weight)
     taken, reasons = _first(candidates(rows_of(x), weight), weight)
     if taken is None:
         if strict:
             raise KernelError("matmul", reasons, 'use backend="auto" for the XLA path')
-        return _xla(x, weight)
-    kernel = functools.partial(_on_rows, taken)
+        return slow(x, weight)
+    kernel = functools.partial(_on_rows, taken, dtype)
     if backend == "auto":
-        return lax.platform_dependent(x, weight, cuda=kernel, default=_xla)
+        return lax.platform_dependent(x, weight, cuda=kernel, default=slow)
     return kernel(x, weight, interpret=backend == "interpret")
 
 
 def _on_rows(
     taken: Candidate,
+    dtype: Any,
     x: jax.Array | QActivation,
     weight: QTensor | Prepared,
     interpret: bool = False,
@@ -125,7 +131,7 @@ def _on_rows(
     """Run a kernel, which sees ``[rows, in]``, on ``[..., in]``."""
     rows = x if isinstance(x, QActivation) else x.reshape(-1, x.shape[-1])
     y = taken.run(rows, weight, interpret)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return y.reshape(*x.shape[:-1], y.shape[-1]).astype(dtype)
 
 
 def run_grouped_matmul(

@@ -292,17 +292,22 @@ def rows_axes(value: Sharded, rows: int) -> tuple[str, ...] | None:
 
 
 def matmul_on_parts(
-    function: Callable[[jax.Array, Any], jax.Array], x: jax.Array, weight: Sharded
+    function: Callable[[jax.Array, Any, Any], jax.Array], x: jax.Array, weight: Sharded
 ) -> jax.Array:
-    """Multiply ``[..., in]`` on every device with its part, by ``function(x, part)``."""
+    """Multiply ``[..., in]`` on every device with its part, by ``function(x, part, dtype)``.
+
+    Where inputs are split, the products are summed in float32 and the sum is rounded.
+    """
     place, depth = weight.placement, len(weight.cuts)
     lead: tuple[Any, ...] = (None,) * (x.ndim - 1)
     if lead:
         lead = (rows_axes(weight, x.shape[0]), *lead[1:])
 
     def local(x: jax.Array, parts: Any) -> jax.Array:
-        y = function(x, own(depth, parts))
-        return y if place.inner is None else lax.psum(y, place.inner)
+        part = own(depth, parts)
+        if place.inner is None:
+            return function(x, part, x.dtype)
+        return lax.psum(function(x, part, jnp.float32), place.inner).astype(x.dtype)
 
     return jax.shard_map(
         local,

@@ -113,6 +113,18 @@ def test_equal_layers_are_compiled_once(monkeypatch):
     assert error(jq.matmul(rows(2, 384), made[2]), jq.matmul(rows(2, 384), layers[2])) < 2e-6
 
 
+@pytest.mark.parametrize("scheme", ["fp8", "w8a8"])
+def test_the_sum_over_devices_is_rounded_once(scheme):
+    q, x = kind(scheme), rows(64).astype(jnp.bfloat16)
+    made = shard(placed(q, SPLITS["in"], mesh_of(tp=4)))
+    pieces = zip(
+        jnp.split(x.astype(jnp.float32), 4, -1), split(q, "in", [IN // 4] * 4), strict=True
+    )
+    want = sum(jq.matmul(part, piece) for part, piece in pieces).astype(jnp.bfloat16)
+    # Sums of another order may round to the other side.
+    assert np.mean(np.asarray(jq.matmul(x, made)) != np.asarray(want)) < 0.01
+
+
 def test_a_bias_is_added_once():
     q, x = kind("w4a16_g128"), rows(4)
     bias = jnp.arange(OUT, dtype=jnp.float32) * 100
