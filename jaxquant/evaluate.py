@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,11 @@ from flax import nnx
 from jaxquant.arguments import instance, token_ids, whole
 from jaxquant.errors import ConfigError
 from jaxquant.models.decoder import CausalLM
+
+# Passes that are queued before the results of an earlier one are waited for.
+AHEAD = 2
+# From here on exp leaves float64.
+LARGEST = math.log(sys.float_info.max)
 
 
 def perplexity(
@@ -39,7 +46,7 @@ def perplexity(
         windows: how many windows to use, from the start; None uses all.
         progress: called with windows done and windows in all.
     Returns:
-        ``exp`` of the mean negative log likelihood.
+        ``exp`` of the mean negative log likelihood, infinite where that is above 709.
     Raises:
         ConfigError: too few tokens, a window below 2, or ids past the vocabulary.
     """
@@ -55,16 +62,28 @@ def perplexity(
     rows = stream[: count * window].reshape(count, window)
     graph, state = model.split()
     total, batch = 0.0, min(batch, count)
+    running: collections.deque[tuple[jax.Array, range]] = collections.deque()
+
+    def fetch() -> float:
+        losses, done = running.popleft()
+        summed = float(np.asarray(losses)[: len(done)].sum(dtype=np.float64))
+        if progress is not None:
+            progress(done.stop, count)
+        return summed
+
     for start in range(0, count, batch):
         part = rows[start : start + batch]
         # A short last batch is filled up, so that one compiled program serves all.
         filled = np.zeros((batch, window), np.int32)
         filled[: len(part)] = part
-        losses = np.asarray(_losses(graph, state, jnp.asarray(filled)))
-        total += float(losses[: len(part)].sum(dtype=np.float64))
-        if progress is not None:
-            progress(start + len(part), count)
-    return math.exp(total / (count * (window - 1)))
+        done = range(start, start + len(part))
+        running.append((_losses(graph, state, jnp.asarray(filled)), done))
+        if len(running) > AHEAD:
+            total += fetch()
+    while running:
+        total += fetch()
+    mean = total / (count * (window - 1))
+    return math.inf if mean > LARGEST else math.exp(mean)
 
 
 @functools.partial(jax.jit, static_argnums=0)

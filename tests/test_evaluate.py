@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from jaxquant import evaluate
 from jaxquant.errors import ConfigError
 from jaxquant.evaluate import perplexity
 from tests.small_models import small_model
@@ -36,6 +37,36 @@ def test_windows_batches_and_tail():
         perplexity(model, TOKENS, window=10, windows=2), expected(10, 2), rel_tol=1e-5
     )
     assert not math.isclose(expected(10, 2), expected(10, 7), rel_tol=1e-3)
+
+
+def test_passes_are_queued_before_results_are_waited_for(monkeypatch):
+    events: list[str] = []
+
+    class Losses:
+        def __init__(self, rows):
+            self.rows = rows
+            events.append("queue")
+
+        def __array__(self, dtype=None, copy=None):
+            events.append("wait")
+            return np.full(len(self.rows), 9.0, np.float32)
+
+    monkeypatch.setattr(evaluate, "_losses", lambda graph, state, rows: Losses(rows))
+    found = perplexity(small_model("llama"), TOKENS, window=10, batch=1)
+    assert math.isclose(found, math.e) and events.count("wait") == events.count("queue") == 7
+    # At every wait other passes are under way, but for the last.
+    ahead = [events[:i].count("queue") - events[:i].count("wait") for i in range(len(events))]
+    waits = [n for n, event in zip(ahead, events, strict=True) if event == "wait"]
+    assert waits == [3, 3, 3, 3, 3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("loss", "least", "most"),
+    [(709.0, 8e307, 9e307), (710.0, math.inf, math.inf), (math.inf, math.inf, math.inf)],
+)
+def test_a_perplexity_past_float64_is_infinite(monkeypatch, loss, least, most):
+    monkeypatch.setattr(evaluate, "_losses", lambda *_: np.full(1, 9 * loss, np.float32))
+    assert least <= perplexity(small_model("llama"), TOKENS[:10], window=10) <= most
 
 
 @pytest.mark.parametrize(
