@@ -36,8 +36,8 @@ class QTensor:
             ``perm[i]``; activations are gathered, ``x[..., perm]``, weights stay contiguous.
         act_scale: ``[*lead, 1, 1]`` f32 static activation scale, or None.
         act_zero: ``[*lead, 1, 1]`` static activation zero point, or None.
-        pre_scale: ``[*lead, in]`` in grid form (1 on every other axis): activations are multiplied
-            by it before anything else, or None.
+        pre_scale: ``[*lead, 1, in]``, or ``[*lead, in, 1]`` where the axes are ``("in", "out")``:
+            activations are multiplied by it before anything else, or None.
         layout: the static layout.
         act: how a matmul quantizes its activations, None for not at all.
     """
