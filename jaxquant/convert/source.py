@@ -21,9 +21,9 @@ from jaxquant.convert.name_map import NameMap, renamed
 from jaxquant.convert.names import canonical, ignored
 from jaxquant.convert.plan_file import PrecisionPlan
 from jaxquant.convert.read import EMBEDDINGS, QuantizedModule, survey
-from jaxquant.convert.read_checkpoint import open_checkpoint
+from jaxquant.convert.read_checkpoint import Checkpoint, open_checkpoint
 from jaxquant.convert.read_json import load_object
-from jaxquant.convert.read_kv import is_kv_scale, is_kv_zero, kv_scales
+from jaxquant.convert.read_kv import is_kv_scale, is_kv_zero, kv_cache_scheme, kv_scales
 from jaxquant.errors import ConfigError, PlanError, within
 from jaxquant.formats.base import FormatWarning, RawTensor, numpy_dtype
 from jaxquant.models import ModelConfig
@@ -95,8 +95,12 @@ def _directory_source(path: Path, names: NameMap | str | Path | None) -> ModelSo
     attention = {n.rpartition(".")[0]: to.rpartition(".")[0] for n, to in new.modules.items()}
     for layer, scales in kv_scales(checkpoint).items():
         owner = attention.get(layer) or canonical(layer)
+        reason = ignored(f"{owner}.k_scale", config) or _no_fp8_cache(checkpoint, config)
         for part, value in (("k", scales.k), ("v", scales.v)):
-            arrays[f"{owner}.{part}_scale"] = _loaded_item(value, str(path))
+            if reason is not None:
+                left_out[f"{layer}.{part}_scale"] = reason
+            else:
+                arrays[f"{owner}.{part}_scale"] = _loaded_item(value, str(path))
         for part, value in (("q", scales.q), ("prob", scales.prob)):
             if value is not None:
                 left_out[f"{layer}.{part}_scale"] = "queries and attention weights stay unquantized"
@@ -106,6 +110,16 @@ def _directory_source(path: Path, names: NameMap | str | Path | None) -> ModelSo
         left_out["lm_head"] = "tied to the embedding"
         del weights["lm_head"]
     return ModelSource(path, config, checkpoint.config, weights, arrays, left_out)
+
+
+def _no_fp8_cache(checkpoint: Checkpoint, config: ModelConfig) -> str | None:
+    """Why a checkpoint's scales of a key-value cache are not those of the model's fp8 one."""
+    if config.latent is not None:
+        return "the cache of latent attention stays unquantized"
+    if kv_cache_scheme(checkpoint) == "nvfp4":
+        # Values over such a scale reach 6 x 448, which e4m3 codes would clip.
+        return "the second level of an NVFP4 cache; the cache stays unquantized"
+    return None
 
 
 def _is_tied(head: Item, arrays: Mapping[str, Item], where: str) -> bool:

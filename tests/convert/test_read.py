@@ -757,6 +757,53 @@ def test_the_kv_cache_scheme_is_kept(tmp_path):
         kv_cache_scheme(open_checkpoint(write(tmp_path / "bad", {"a": weights(2)}, config)))
 
 
+SIDE = {"model_type": "llama", "kv_cache": {"dtype": "float8_e4m3fn"}}
+
+
+def side_scales(folder, factors, **changes):
+    """KV scales of two layers, the factors in kv_cache_scales.json."""
+    arrays = {f"model.layers.{i}.self_attn.q_proj.weight": weights(2) for i in range(2)}
+    write(folder, arrays | changes.pop("arrays", {}))
+    config = {"model_type": "llama", "num_hidden_layers": 2, "num_key_value_heads": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    cache = {"dtype": "float8_e4m3fn", "scaling_factor": factors} | changes
+    (folder / "kv_cache_scales.json").write_text(json.dumps(SIDE | {"kv_cache": cache}))
+    return kv_scales(open_checkpoint(folder))
+
+
+def test_kv_scales_of_a_side_file(tmp_path):
+    scales = side_scales(tmp_path / "one", {"0": {"1": 0.5, "0": 0.25}})
+    assert [float(scales[f"model.layers.{i}.self_attn"].k) for i in range(2)] == [0.25, 0.5]
+    assert float(scales["model.layers.1.self_attn"].v) == 0.5
+    same = side_scales(tmp_path / "same", {str(r): {"0": 0.25, "1": 0.5} for r in range(8)})
+    assert same == scales
+    # Ranks hold heads in order.
+    ranks = side_scales(tmp_path / "two", {"0": {"0": 1, "1": 2}, "1": {"0": 3, "1": 4}})
+    assert ranks["model.layers.1.self_attn"].k.shape == (4, 1, 1)
+    assert ranks["model.layers.1.self_attn"].v.ravel().tolist() == [2, 2, 4, 4]
+
+
+@pytest.mark.parametrize(
+    "factors,changes,said",
+    [
+        ({"0": {"0": 0.5}}, {}, "1 layers"),
+        ({"0": {"0": 0.5, "1": 0.5, "2": 0.5}}, {}, "3 layers"),
+        ({"0": {"0": 0.5, "1": 0}}, {}, "between 0"),
+        ({"0": {"0": 0.5, "1": "0.5"}}, {}, "between 0"),
+        ({"0": {"0": 0.5, "7": 0.5}}, {}, "keys"),
+        ({}, {}, "scaling_factor"),
+        ({"0": {"0": 0.5, "1": 0.5}}, {"dtype": "float8_e5m2"}, "float8_e5m2"),
+        ({str(r): {"0": 0.5, "1": r + 1.0} for r in range(3)}, {}, "3 ranks"),
+        ({"0": {"0": 0.5, "1": 0.5}}, {"arrays": {f"{ATTN}.k_scale": np.float32(1)}}, "tensors"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::jaxquant.formats.base.FormatWarning")
+def test_a_side_file_of_kv_scales_that_does_not_fit_is_refused(factors, changes, said, tmp_path):
+    with pytest.raises(FormatError, match=said) as caught:
+        side_scales(tmp_path, factors, **changes)
+    assert "kv_cache_scales.json" in caught.value.where
+
+
 def test_mistral_params_describe_the_quantization(tmp_path):
     case = CASES["fp8-mistral"]
     arrays = named(case, "layers.0.attention.wq")
