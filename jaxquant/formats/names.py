@@ -43,9 +43,14 @@ def by_component(entry: str, path: str) -> bool:
     return f".{entry}." in f".{path}."
 
 
+def by_ending(entry: str, path: str) -> bool:
+    """The entry is a run of whole components or, as transformers has it, a plain suffix."""
+    return path.endswith(entry) or by_component(entry, path)
+
+
 def by_regex_or_suffix(entry: str, path: str) -> bool:
     """transformers: a regex anchored at the start and ending at a component, or a plain suffix."""
-    if path.endswith(entry) or by_component(entry, path):
+    if by_ending(entry, path):
         return True
     if entry.replace(".", "").replace("_", "").replace("-", "").isalnum():
         return False
@@ -115,6 +120,18 @@ def ignored_by(coverage: Coverage, path: str) -> str | None:
         if entry.endswith(tuple(FUSED)) and any(by_component(entry, alias) for alias in aliases):
             return entry
     return None
+
+
+def whole_entries(coverage: Coverage, dense: Iterable[str]) -> frozenset[str]:
+    """Entries of a list of substrings that name an unquantized module by whole components.
+
+    AWQ's own tool looks for substrings, transformers for components, both write the same list: with
+    ``gate`` the one leaves out the router and ``gate_proj``, the other the router only.
+    """
+    if coverage.matches is not by_substring:
+        return frozenset()
+    paths = tuple(dense)
+    return frozenset(e for e in coverage.ignored if any(by_ending(e, path) for path in paths))
 
 
 def string_list(config: Mapping[str, Any], *keys: str) -> tuple[str, ...]:

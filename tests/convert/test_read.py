@@ -517,6 +517,23 @@ def test_ignore_rules_of_each_family(name, tmp_path):
     assert complained != ignored
 
 
+@pytest.mark.parametrize("entry", ["gate", "mlp.gate", "layers.0.mlp.gate"])
+def test_an_awq_entry_of_a_router_leaves_gate_projections_alone(entry, tmp_path):
+    """AutoAWQ matches substrings, transformers components: the file shows which wrote it."""
+    case, config = CASES["awq-gemm"], {"modules_to_not_convert": [entry]}
+    gate, router = "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.gate"
+    both = named(case, gate) | {f"{router}.weight": weights(8, 192)}
+    found = contents(tmp_path / "router", both, case.config | config)
+    assert found.modules[gate].format.name == "awq"
+    # Without the router, or with quantized codes of its own, nothing says what was meant.
+    error = refused(tmp_path / "alone", named(case, gate), case.config | config)
+    assert repr(entry) in error.rule and "names no unquantized module" in error.rule
+    both |= named(case, "model.layers.1.mlp.gate")
+    if entry != "layers.0.mlp.gate":
+        error = refused(tmp_path / "own", both, case.config | config)
+        assert "model.layers.1.mlp.gate" in error.where and "whole" not in error.rule
+
+
 def test_groups_of_several_schemes(tmp_path):
     attention, mlp = CASES["ct-fp8-channel"], ct_packed(4)
     groups = {
