@@ -38,6 +38,15 @@ def fused_aliases(path: str) -> tuple[str, ...]:
     return tuple(f"{stem}.{fused}" for fused, parts in FUSED.items() if last in parts)
 
 
+def stack_names(path: str) -> tuple[str, ...]:
+    """What an expert's projection is a part of in a checkpoint whose experts are stacked."""
+    found = re.fullmatch(r"(.*\.experts)\.\d+\.(\w+)", path)
+    if found is None:
+        return ()
+    parts = (found[2], *(fused for fused, parts in FUSED.items() if found[2] in parts))
+    return tuple(f"{found[1]}.{part}" for part in parts)
+
+
 def by_component(entry: str, path: str) -> bool:
     """The entry is a run of whole dotted components of the path (fp8, blockwise int8, bnb)."""
     return f".{entry}." in f".{path}."
@@ -108,11 +117,13 @@ def _candidates(coverage: Coverage, names: tuple[str, ...]) -> Iterable[str]:
 def ignored_by(coverage: Coverage, path: str) -> str | None:
     """The first ignore entry that covers ``path`` under any of its roots, or None.
 
-    A fused name in the list (``qkv_proj``) covers all of its parts.
+    A fused name in the list (``qkv_proj``) covers all of its parts, a stack's all of its experts.
     """
     if not coverage.ignored:
         return None
     names = roots(path)
+    if coverage.matches is not by_substring:
+        names += tuple(stack for name in names for stack in stack_names(name))
     aliases = tuple(alias for name in names for alias in fused_aliases(name))
     for entry in _candidates(coverage, (*names, *aliases)):
         if any(coverage.matches(entry, name) for name in names):

@@ -654,6 +654,98 @@ def test_gpt_oss_blocks_are_cut_into_gate_and_up(tmp_path):
     assert len(found.tensors) == 2
 
 
+STEM = "model.layers.0.mlp.experts"
+
+
+def packed_stack(sym=True, rows=64):
+    """Two experts as compressed-tensors packs a weight of rank 3, and what each is worth."""
+    case = ct_packed(4, sym=sym, shape=(rows, 192))
+    arrays = {k: np.stack([v, v[::-1]]) for k, v in case.arrays.items() if k != "weight_shape"}
+    if not sym:
+        # Words of zero points are not rows: their order within a word would change.
+        arrays["weight_zero_point"] = np.stack([case.arrays["weight_zero_point"]] * 2)
+        arrays["weight_packed"] = np.stack([case.arrays["weight_packed"]] * 2)
+        arrays["weight_scale"] = np.stack([case.arrays["weight_scale"]] * 2)
+    return case, arrays | {"weight_shape": np.array([2, rows, 192], np.int64)}
+
+
+@pytest.mark.parametrize("shape", [3, 2, 0])
+def test_stacks_of_packed_weights_are_read_one_by_one(shape, tmp_path):
+    case, stack = packed_stack()
+    stack["weight_shape"] = stack["weight_shape"][-shape:]
+    if not shape:
+        del stack["weight_shape"]
+    parts = ("gate_up_proj", "down_proj")
+    arrays = {f"{STEM}.{part}.{suffix}": a for part in parts for suffix, a in stack.items()}
+    found = contents(tmp_path, arrays, case.config, num_experts=2)
+    want = case.weight.astype(np.float32)
+    for path, part in (("0.gate_proj", want[:32]), ("0.up_proj", want[32:]), ("0.down_proj", want)):
+        np.testing.assert_array_equal(value(found.modules[f"{STEM}.{path}"]), part)
+    np.testing.assert_array_equal(value(found.modules[f"{STEM}.1.gate_proj"]), want[::-1][:32])
+    assert len(found.modules) == 6 and not found.tensors
+
+
+@pytest.mark.parametrize("target", [f"{STEM}.gate_up_proj", r"re:.*\.experts\.gate_up_proj$"])
+def test_targets_name_stacks_of_experts(target, tmp_path):
+    case, stack = packed_stack()
+    group = case.config["config_groups"]["group_0"] | {"targets": [target]}
+    arrays = {f"{STEM}.gate_up_proj.{suffix}": a for suffix, a in stack.items()}
+    arrays[f"{STEM}.down_proj"] = weights(2, 192, 32)
+    config = case.config | {"config_groups": {"group_0": group}}
+    found = contents(tmp_path, arrays, config, num_experts=2).modules
+    assert found[f"{STEM}.1.up_proj"].layout.code == CODES["int4"]
+    # And so do lists of what is ignored.
+    config["config_groups"]["group_0"] = group | {"targets": ["Linear"]}
+    contents(tmp_path / "ignored", arrays, config | {"ignore": [f"{STEM}.down_proj"]})
+    error = refused(tmp_path / "both", arrays, config | {"ignore": [target]})
+    assert "gate_proj" in error.where and repr(target) in error.rule
+
+
+def test_packed_zero_points_of_a_stack(tmp_path):
+    case, stack = packed_stack(sym=False)
+    arrays = {f"{STEM}.gate_up_proj.{suffix}": a for suffix, a in stack.items()}
+    found = contents(tmp_path / "whole", arrays, case.config)
+    np.testing.assert_array_equal(
+        value(found.modules[f"{STEM}.1.up_proj"]), case.weight[32:].astype(np.float32)
+    )
+    case, stack = packed_stack(sym=False, rows=24)
+    arrays = {f"{STEM}.gate_up_proj.{suffix}": a for suffix, a in stack.items()}
+    error = refused(tmp_path / "shared", arrays, case.config)
+    assert "weight_zero_point" in error.where and "words of their own" in error.rule
+
+
+@pytest.mark.parametrize("wrong", [[2, 32, 192], [3, 64, 192], [2, 2, 64, 192]])
+def test_a_shape_that_is_not_the_stacks_is_refused(wrong, tmp_path):
+    case, stack = packed_stack()
+    arrays = {f"{STEM}.gate_up_proj.{suffix}": a for suffix, a in stack.items()}
+    arrays[f"{STEM}.gate_up_proj.weight_shape"] = np.array(wrong, np.int64)
+    assert "weight_shape" in refused(tmp_path, arrays, case.config).where
+
+
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("kind", ["qwen3_vl_moe_text", "qwen3_moe"])
+def test_block_scales_of_a_stack_lie_as_its_weight(kind, turned, tmp_path):
+    config = {"quant_method": "fp8", "weight_block_size": [64, 64]}
+    up = fp8(config, (64, 64), (4, 1), (256, 64), suffix="weight_scale_inv")
+    down = fp8(config, (64, 64), (1, 2), (64, 128), suffix="weight_scale_inv")
+    stored = kind != "qwen3_moe"
+    arrays = {}
+    for part, case in (("gate_up_proj", up), ("down_proj", down)):
+        for tail, suffix, turns in (
+            ("", "weight", stored),
+            # Without doubt about the shape, scales may lie the other way round.
+            ("_scale_inv", "weight_scale_inv", stored and turned),
+        ):
+            stack = np.stack([case.arrays[suffix]] * 2)
+            arrays[f"{STEM}.{part}{tail}"] = stack.swapaxes(1, 2).copy() if turns else stack
+    found = contents(tmp_path, arrays, config, model_type=kind, num_experts=2).modules
+    want = up.weight.astype(np.float32)
+    np.testing.assert_array_equal(value(found[f"{STEM}.1.gate_proj"]), want[:128])
+    np.testing.assert_array_equal(value(found[f"{STEM}.0.up_proj"]), want[128:])
+    want = down.weight.astype(np.float32)
+    np.testing.assert_array_equal(value(found[f"{STEM}.1.down_proj"]), want)
+
+
 @pytest.mark.parametrize("bad_scale", [None, 0.0, np.inf])
 def test_cold_experts_take_the_scale_of_the_others(bad_scale, tmp_path):
     arrays, config = experts(3)
