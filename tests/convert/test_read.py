@@ -590,6 +590,33 @@ def test_rows_of_k_proj_must_be_the_configs_heads(tmp_path):
     assert path in error.where
 
 
+@pytest.mark.parametrize(
+    "path,listed",
+    [
+        ("model.layers.0.self_attn.q_proj", "layers.0.self_attn.q_proj"),
+        ("model.layers.0.self_attn.q_proj", "model.language_model.layers.0.self_attn.q_proj"),
+        ("model.language_model.layers.0.mlp.up_proj", "language_model.model.layers.0.mlp.up_proj"),
+        ("model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.qkv_proj"),
+        ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.gate_up_proj"),
+        ("model.layers.0.mlp.experts.0.up_proj", "model.layers.0.mlp.experts.gate_up_proj"),
+        ("model.layers.0.mlp.experts.0.down_proj", "model.layers.0.mlp.experts"),
+    ],
+)
+def test_layers_of_modelopt_go_by_several_names(path, listed, tmp_path):
+    case = CASES["modelopt-fp8"]
+    config = case.config | {"quant_algo": "MIXED_PRECISION"}
+    # An exact name goes before one of several modules.
+    for layers in (
+        {listed: {"quant_algo": "FP8"}},
+        {listed: {"quant_algo": "NVFP4"}, path: {"quant_algo": "FP8"}},
+    ):
+        folder = tmp_path / str(len(layers))
+        found = contents(folder, named(case, path), config | {"quantized_layers": layers})
+        assert found.modules[path].layout.code == CODES["e4m3"]
+    other = config | {"quantized_layers": {"model.layers.0.mlp": {"quant_algo": "FP8"}}}
+    assert "targets" in refused(tmp_path / "other", named(case, path), other).action
+
+
 @pytest.mark.parametrize("kind", ["fp8", "fp4", "mxfp8", "mixed"])
 def test_methods_of_modelopt(kind, tmp_path):
     case = CASES["modelopt-fp8"]
