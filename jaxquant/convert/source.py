@@ -18,7 +18,7 @@ from jaxquant.convert.gguf_model import open_gguf_model
 from jaxquant.convert.item import Item, ModelSource
 from jaxquant.convert.mix import mixed
 from jaxquant.convert.name_map import NameMap, renamed
-from jaxquant.convert.names import canonical, ignored
+from jaxquant.convert.names import LANGUAGE_ROOTS, canonical, ignored
 from jaxquant.convert.plan_file import PrecisionPlan
 from jaxquant.convert.read import EMBEDDINGS, QuantizedModule, survey
 from jaxquant.convert.read_checkpoint import Checkpoint, open_checkpoint
@@ -76,6 +76,7 @@ def _directory_source(path: Path, names: NameMap | str | Path | None) -> ModelSo
     tensors |= {f"{n}.weight": contents.modules[n].raw["weight"] for n in embeddings}
     targets = new.tensors | {f"{n}.weight": to for n, to in embeddings.items()}
     linears = {n: m for n, m in contents.modules.items() if n not in embeddings}
+    apart = checkpoint.several and any(n.startswith(LANGUAGE_ROOTS) for n in contents.modules)
     weights: dict[str, Item] = {}
     arrays: dict[str, Item] = {}
     problems = []
@@ -86,6 +87,8 @@ def _directory_source(path: Path, names: NameMap | str | Path | None) -> ModelSo
         for name, item in pieces:
             known = given.get(name) or canonical(name)
             reason = contents.idle.get(name) or ignored(known, config)
+            if apart and name not in given and not name.startswith((*LANGUAGE_ROOTS, "lm_head")):
+                reason = "no part of the language model"
             if reason is not None:
                 left_out[name] = reason
             elif known in table:

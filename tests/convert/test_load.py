@@ -444,3 +444,28 @@ def test_kv_scales_of_a_side_file_are_those_of_tensors(tmp_path):
     ids = IDS % 64
     file, tensors = (jq.from_pretrained(tmp_path / n)(ids) for n in ("file", "tensors"))
     np.testing.assert_array_equal(file, tensors)
+
+
+@pytest.mark.parametrize("root", ["language_model.model.", "model.language_model.", "model."])
+def test_the_language_model_of_a_multimodal_checkpoint(root, tmp_path):
+    config = CONFIGS["llama"]
+    tensors = random_tensors(ModelConfig.from_hf(config))
+    write_checkpoint(tmp_path / "alone", tensors, config)
+    outer = {name: config[name] for name in ("eos_token_id", "tie_word_embeddings")}
+    inner = {k: v for k, v in config.items() if k not in (*outer, "architectures")}
+    whole = outer | {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
+    whole |= {"text_config": inner, "vision_config": {"num_hidden_layers": 1}}
+    arrays = {name.replace("model.", root, 1): value for name, value in tensors.items()}
+    other = {"vision_tower.q_proj.weight": np.ones((8, 8), np.float32)} if root != "model." else {}
+    write_checkpoint(tmp_path / "whole", arrays | other, whole)
+    model = jq.from_pretrained(tmp_path / "whole")
+    assert [name for name, _ in model.report.ignored] == [n[:-7] for n in other]
+    ids = IDS % 64
+    np.testing.assert_array_equal(model(ids), jq.from_pretrained(tmp_path / "alone")(ids))
+    jq.save_pretrained(model, tmp_path / "saved")
+    np.testing.assert_array_equal(model(ids), jq.from_pretrained(tmp_path / "saved")(ids))
+    # A type of text model that is not known is named.
+    whole["text_config"] = inner | {"model_type": "qwen2_5_vl_text"}
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(whole))
+    with pytest.raises(ConfigError, match="qwen2_5_vl_text"):
+        jq.from_pretrained(tmp_path / "whole")
