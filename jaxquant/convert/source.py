@@ -24,7 +24,7 @@ from jaxquant.convert.read import EMBEDDINGS, QuantizedModule, survey
 from jaxquant.convert.read_checkpoint import Checkpoint, open_checkpoint
 from jaxquant.convert.read_json import load_object
 from jaxquant.convert.read_kv import is_kv_scale, is_kv_zero, kv_cache_scheme, kv_scales
-from jaxquant.errors import ConfigError, PlanError, within
+from jaxquant.errors import ConfigError, FormatError, PlanError, within
 from jaxquant.formats.base import FormatWarning, RawTensor, numpy_dtype
 from jaxquant.models import ModelConfig
 
@@ -76,6 +76,14 @@ def _directory_source(path: Path, names: NameMap | str | Path | None) -> ModelSo
     tensors |= {f"{n}.weight": contents.modules[n].raw["weight"] for n in embeddings}
     targets = new.tensors | {f"{n}.weight": to for n, to in embeddings.items()}
     linears = {n: m for n, m in contents.modules.items() if n not in embeddings}
+    for name, module in linears.items():
+        if (new.modules.get(name) or canonical(name)) == "model.embed_tokens":
+            raise FormatError(
+                f"{next(iter(module.raw.values())).file}: {name}",
+                f"an embedding in {module.format.name}, {module.layout}",
+                "a model takes whole rows of it, of 16 or 32 bits",
+                "quantize again with the embedding among the ignored modules",
+            )
     apart = checkpoint.several and any(n.startswith(LANGUAGE_ROOTS) for n in contents.modules)
     weights: dict[str, Item] = {}
     arrays: dict[str, Item] = {}

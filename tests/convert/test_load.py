@@ -19,6 +19,7 @@ from jaxquant.convert.save import describe
 from jaxquant.errors import ConfigError, FormatError, PlanError
 from jaxquant.models import ModelConfig
 from tests.convert.writer import write_checkpoint
+from tests.formats.cases import CASES
 from tests.small_models import CONFIGS, random_tensors
 
 BUNDLED = Path(jq.__file__).parent / "bundled" / "tiny-qwen3-moe"
@@ -469,3 +470,14 @@ def test_the_language_model_of_a_multimodal_checkpoint(root, tmp_path):
     (tmp_path / "whole" / "config.json").write_text(json.dumps(whole))
     with pytest.raises(ConfigError, match="qwen2_5_vl_text"):
         jq.from_pretrained(tmp_path / "whole")
+
+
+def test_a_quantized_embedding_is_named(tmp_path):
+    tensors = random_tensors(ModelConfig.from_hf(CONFIGS["llama"]))
+    case = CASES["ct-fp8-channel"]
+    rows, columns = tensors.pop("model.embed_tokens.weight").shape
+    for suffix, array in case.arrays.items():
+        tensors[f"model.embed_tokens.{suffix}"] = array[:rows, :columns]
+    write_checkpoint(tmp_path, tensors, CONFIGS["llama"] | {"quantization_config": case.config})
+    with pytest.raises(FormatError, match="embed_tokens: an embedding in compressed-tensors"):
+        jq.from_pretrained(tmp_path)
