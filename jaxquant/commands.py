@@ -15,6 +15,7 @@ from rich.progress import Progress
 
 import jaxquant as jq
 from jaxquant.errors import ConfigError, FormatError
+from jaxquant.evaluate import window_count
 
 
 def _dtype(name: str | None) -> Any:
@@ -143,26 +144,32 @@ def generate(arguments: argparse.Namespace) -> None:
             print(prompt + text)
 
 
-def _tokens(arguments: argparse.Namespace, model: Any) -> np.ndarray:
-    if arguments.tokens:
-        try:
-            tokens = np.load(arguments.tokens, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise FormatError(arguments.tokens, f"no NumPy array ({error})", ".npy") from None
-        if not isinstance(tokens, np.ndarray):
-            raise FormatError(arguments.tokens, "an archive of arrays (.npz)", "one array, .npy")
-        if tokens.dtype.kind not in "iu":
-            raise FormatError(arguments.tokens, f"dtype {tokens.dtype}", "token ids are integers")
-        return tokens
-    if model.tokenizer is None:
-        raise ConfigError("--text", "the model has no tokenizer", action="use --tokens")
-    return np.asarray(model.tokenizer.encode(_text(arguments.text)), np.int32)
+def _tokens(path: str) -> np.ndarray:
+    try:
+        tokens = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise FormatError(path, f"no NumPy array ({error})", ".npy") from None
+    if not isinstance(tokens, np.ndarray):
+        raise FormatError(path, "an archive of arrays (.npz)", "one array, .npy")
+    if tokens.dtype.kind not in "iu":
+        raise FormatError(path, f"dtype {tokens.dtype}", "token ids are integers")
+    return tokens
 
 
 def eval(arguments: argparse.Namespace) -> None:
     """Print the perplexity."""
+    # What can be wrong without a model is found before one is loaded, which can take minutes.
+    text, tokens = None, None
+    if arguments.tokens:
+        tokens = _tokens(arguments.tokens)
+        window_count(tokens.size, arguments.window, arguments.windows)
+    else:
+        text = _text(arguments.text)
     model = _model(arguments, arguments.model)
-    tokens = _tokens(arguments, model)
+    if text is not None:
+        if model.tokenizer is None:
+            raise ConfigError("--text", "the model has no tokenizer", action="use --tokens")
+        tokens = np.asarray(model.tokenizer.encode(text), np.int32)
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("windows", total=None)
 

@@ -51,14 +51,9 @@ def perplexity(
         ConfigError: too few tokens, a window below 2, or ids past the vocabulary.
     """
     instance("perplexity", model, CausalLM, "a CausalLM is needed", "see jaxquant.from_pretrained")
-    window, batch = whole("window", window, 2), whole("batch", batch)
-    windows = None if windows is None else whole("windows", windows)
+    batch = whole("batch", batch)
     stream = token_ids("tokens", tokens, model.config.vocab_size).reshape(-1)
-    count = len(stream) // window
-    count = count if windows is None else min(count, windows)
-    if count < 1:
-        found = f"{len(stream)} tokens for windows of {window}"
-        raise ConfigError("tokens", found, "at least one full window", "use a smaller window")
+    count = window_count(len(stream), window, windows)
     rows = stream[: count * window].reshape(count, window)
     graph, state = model.split()
     total, batch = 0.0, min(batch, count)
@@ -84,6 +79,21 @@ def perplexity(
         total += fetch()
     mean = total / (count * (window - 1))
     return math.inf if mean > LARGEST else math.exp(mean)
+
+
+def window_count(tokens: int, window: int, windows: int | None) -> int:
+    """How many windows :func:`perplexity` uses of so many tokens; needs no model.
+
+    Raises:
+        ConfigError: a window below 2, no windows, or too few tokens for one.
+    """
+    window = whole("window", window, 2)
+    count = tokens // window
+    count = count if windows is None else min(count, whole("windows", windows))
+    if count < 1:
+        found = f"{tokens} tokens for windows of {window}"
+        raise ConfigError("tokens", found, "at least one full window", "use a smaller window")
+    return count
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -180,6 +180,29 @@ def test_bad_input_gives_one_line_and_exit_code_2(arguments, found, capsys, tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "tokens,options,found",
+    [
+        (np.zeros(8, np.int32), ("--window", "16"), "8 tokens for windows of 16"),
+        (np.zeros(8, np.int32), ("--window", "1"), "window"),
+        (np.zeros(8, np.float32), (), "token ids are integers"),
+        (None, (), "No such file"),
+    ],
+)
+def test_what_eval_reads_is_checked_before_the_model(
+    tokens, options, found, tmp_path, capsys, monkeypatch
+):
+    def load(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("jaxquant.from_pretrained", load)
+    file, verb = tmp_path / "tokens.npy", "--text" if tokens is None else "--tokens"
+    if tokens is not None:
+        np.save(file, tokens)
+    assert run("eval", BUNDLED, verb, str(file), *options) == 2
+    assert found in capsys.readouterr().err
+
+
 def test_prompt_files_name_the_line(tmp_path, capsys):
     for text in ("not json", '{"text": 1}', "[1]"):
         file = tmp_path / "p.jsonl"

@@ -1,6 +1,9 @@
 """Each family's config: its own fields, checked at once, read from and written to HF dicts."""
 
 import dataclasses
+import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -16,8 +19,11 @@ from jaxquant.configs import (
     W8A8Int8Config,
     config_from_hf,
 )
+from jaxquant.convert.read import open_checkpoint, survey
 from jaxquant.errors import ConfigError
 
+GOLDEN = Path(__file__).parent / "golden"
+CORPUS = os.environ.get("JAXQUANT_CORPUS")
 BLOCK = [128, 128]
 EXAMPLES = [
     Fp8Config(True, "static", ["lm_head"]),
@@ -25,6 +31,7 @@ EXAMPLES = [
     BlockInt8Config(True, weight_block_size=BLOCK),
     GPTQConfig(4, 128, True),
     GPTQConfig(8, -1, False, True, {"-:.*gate": {}}),
+    GPTQConfig(4, 32, False, sym=False, checkpoint_format="gptq_v2"),
     AWQConfig(4, 64, True, ["gate"]),
     FbgemmFp8Config(600.0, ["lm_head"]),
     W8A8Int8Config(True, ["lm_head"]),
@@ -100,6 +107,8 @@ def test_defaults():
         lambda: GPTQConfig(4, -2, False),
         lambda: GPTQConfig(4, 128, "yes"),
         lambda: GPTQConfig(4, 128, False, dynamic={"a": 4}),
+        lambda: GPTQConfig(4, 128, False, sym="no"),
+        lambda: GPTQConfig(4, 128, False, checkpoint_format="gptq_v3"),
         lambda: AWQConfig(8, 128, True),
         lambda: AWQConfig(4, 128, None),
         lambda: FbgemmFp8Config(-1.0),
@@ -117,6 +126,9 @@ def test_reading_real_dicts():
         {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
     )
     assert config == GPTQConfig(4, 128, False)
+    # What the tools write for a default.
+    unset = {"sym": None, "lm_head": None, "checkpoint_format": "", "format": None, "dynamic": None}
+    assert GPTQConfig.from_hf({"bits": 4, "group_size": 128, "desc_act": False} | unset) == config
     config = Fp8Config.from_hf(
         {
             "quant_method": "fp8",
@@ -145,6 +157,45 @@ def test_bad_dicts_are_named(family, config, said):
     with pytest.raises(ConfigError) as caught:
         family.from_hf(config)
     assert said in caught.value.where
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_no_dict_is_refused(family):
+    with pytest.raises(ConfigError, match="an object is needed"):
+        family.from_hf(["gptq"])
+
+
+def real_configs(root):
+    """The folders whose quantization one of the families describes."""
+    methods = {method for family in FAMILIES for method in family.methods}
+    for folder in sorted(Path(root).glob("*/config.json")) if root else ():
+        config = json.loads(folder.read_text()).get("quantization_config") or {}
+        if str(config.get("quant_method")).replace("-", "_") in methods:
+            yield folder.parent
+
+
+def check_config(folder):
+    checkpoint = open_checkpoint(folder)
+    read = config_from_hf(checkpoint.quant_config)
+    written = read.to_hf()
+    assert config_from_hf(written) == read
+    own, again = (
+        survey(c).modules
+        for c in (checkpoint, dataclasses.replace(checkpoint, quant_config=written))
+    )
+    assert {name: m.spec for name, m in again.items()} == {name: m.spec for name, m in own.items()}
+
+
+@pytest.mark.parametrize("folder", [*real_configs(GOLDEN)], ids=lambda p: p.name)
+def test_a_written_config_describes_the_same_weights(folder):
+    check_config(folder)
+
+
+@pytest.mark.corpus
+@pytest.mark.skipif(not CORPUS, reason="JAXQUANT_CORPUS is not set")
+@pytest.mark.parametrize("folder", [*real_configs(CORPUS)], ids=lambda p: p.name)
+def test_a_written_config_describes_the_corpus(folder):
+    check_config(folder)
 
 
 def test_an_unknown_method_is_named():

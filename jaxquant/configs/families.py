@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from jaxquant.configs.base import QuantizationConfig
 from jaxquant.errors import ConfigError
@@ -86,6 +86,9 @@ class GPTQConfig(QuantizationConfig):
         desc_act: inputs were quantized in order of importance (act-order).
         lm_head_quantized: the output layer is quantized too.
         dynamic: pattern -> overrides of single modules, first match wins.
+        sym: zero points are constant, in the middle of the codes.
+        checkpoint_format: "gptq" stores zero points less one, "gptq_v2" as they are; also
+            "gptq_p", "marlin" and "bitblas", other arrangements of the words.
     """
 
     methods = ("gptq", "gptq_marlin")
@@ -95,23 +98,35 @@ class GPTQConfig(QuantizationConfig):
         "desc_act": ("desc_act",),
         "lm_head_quantized": ("lm_head",),
         "dynamic": ("dynamic",),
+        "sym": ("sym",),
+        "checkpoint_format": ("checkpoint_format", "format"),
     }
     weight_bits: int
     group_size: int
     desc_act: bool
     lm_head_quantized: bool = False
     dynamic: dict[str, dict[str, Any]] | None = None
+    sym: bool = True
+    checkpoint_format: str = "gptq"
 
     def __post_init__(self) -> None:
         self._choice("weight_bits", (2, 3, 4, 8))
         self._group()
-        self._flags("desc_act", "lm_head_quantized")
+        self._flags("desc_act", "lm_head_quantized", "sym")
+        self._choice("checkpoint_format", ("gptq", "gptq_v2", "gptq_p", "marlin", "bitblas"))
         rules = {} if self.dynamic is None else self.dynamic
         if not isinstance(rules, Mapping) or not all(
             isinstance(v, Mapping) for v in rules.values()
         ):
             raise ConfigError("dynamic", repr(rules)[:80], "pattern -> overrides")
         object.__setattr__(self, "dynamic", {key: dict(value) for key, value in rules.items()})
+
+    @classmethod
+    def _relevant(cls, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        # Tools write null and "" for what they leave at its default.
+        optional = ("sym", "lm_head", "checkpoint_format", "format")
+        unset = {key for key in optional if config.get(key) in (None, "")}
+        return {key: value for key, value in config.items() if key not in unset}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,6 +275,6 @@ class ModelOptConfig(QuantizationConfig):
         self._lists("ignore")
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """Read the ``quantization_config``, whose ``config_groups`` repeat the algorithm."""
-        return super().from_hf({k: v for k, v in config.items() if k != "config_groups"})
+    def _relevant(cls, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        # ``config_groups`` repeats the algorithm.
+        return {key: value for key, value in config.items() if key != "config_groups"}

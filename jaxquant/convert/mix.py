@@ -31,15 +31,27 @@ _ROWS = 256
 _SPREAD, _TIMES = 0.05, 4.0
 
 
+_MEANS = {
+    "fp16": "floats of 16 or 32 bits",
+    "fp8": "e4m3 or e5m2 codes",
+    "int8": "8-bit integer codes",
+    "int4": "4-bit integer codes",
+    "gptq_int4": "4-bit codes of GPTQ",
+    "awq_int4": "4-bit codes of AWQ",
+}
+
+
 def _fits(precision: str, item: Item) -> bool:
     """Whether a weight is what a precision's name promises."""
     layout = item.abstract.layout
     code = layout.code
+    # NVFP4, MXFP4 and the codebooks of NF4 and IQ4 have 4 bits too, and are no integers.
+    integer = code.kind in ("int", "uint")
     return {
         "fp16": layout.dense,
         "fp8": code.name in ("e4m3", "e5m2"),
-        "int8": code.bits == 8 and code.kind != "float",
-        "int4": code.bits == 4,
+        "int8": code.bits == 8 and integer,
+        "int4": code.bits == 4 and integer,
         "gptq_int4": item.format == "gptq" and code.bits == 4,
         "awq_int4": item.format == "awq" and code.bits == 4,
     }[precision]
@@ -172,7 +184,10 @@ def mixed(
             problems.append(f"{module}: missing in {other.path} ({precision})")
         elif not _fits(precision, item):
             found = f"{item.format}, {item.abstract.layout}"
-            problems.append(f"{module}: {other.path} has it as {found}, not as {precision}")
+            problems.append(
+                f"{module}: {other.path} has it as {found}, not as {precision}, which means "
+                f"{_MEANS[precision]}"
+            )
         elif item.abstract.shape != base.weights[module].abstract.shape:
             shape = base.weights[module].abstract.shape
             found = f"{item.abstract.shape} in {other.path}, {shape} in the base"

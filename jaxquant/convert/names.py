@@ -11,7 +11,7 @@ import re
 from jaxquant.models import ModelConfig
 
 # A multimodal wrapper keeps its language model under another root.
-_ROOTS = ("model.language_model.", "language_model.model.", "language_model.")
+LANGUAGE_ROOTS = ("model.language_model.", "language_model.model.", "language_model.")
 _RENAMES = (
     (re.compile(r"\.block_sparse_moe\."), ".mlp."),
     (re.compile(r"(\.experts\.\d+)\.w1(\.|$)"), r"\1.gate_proj\2"),
@@ -32,7 +32,7 @@ _IGNORED = re.compile(
 
 def canonical(name: str) -> str:
     """The module tree's name of a checkpoint's module or tensor."""
-    for root in _ROOTS:
+    for root in LANGUAGE_ROOTS:
         if name.startswith(root):
             rest = name[len(root) :]
             name = rest if rest.startswith("lm_head") else f"model.{rest}"

@@ -41,7 +41,7 @@ from jaxquant.formats.base import (
 )
 from jaxquant.formats.checks import verify
 from jaxquant.formats.dense import DENSE
-from jaxquant.formats.names import ignored_by
+from jaxquant.formats.names import by_ending, by_substring, ignored_by, whole_entries
 
 EMBEDDINGS = re.compile(
     r"(^|\.)(embed_tokens|tok_embeddings|word_embeddings|wte|wpe|embed_in|embed_out_tokens"
@@ -178,13 +178,23 @@ def build_module(fmt: Format, spec: Spec, raw: RawModule) -> QuantizedModule:
 
 
 def _quantized(
-    fmt: Format, config: Mapping[str, Any], coverage: Coverage, raw: RawModule
+    fmt: Format,
+    config: Mapping[str, Any],
+    coverage: Coverage,
+    whole: frozenset[str],
+    raw: RawModule,
 ) -> QuantizedModule:
+    if whole:
+        kept = (e for e in coverage.ignored if e not in whole or by_ending(e, raw.path))
+        coverage = coverage._replace(ignored=tuple(kept))
     entry = ignored_by(coverage, raw.path)
     if entry is not None:
+        found = f"the config ignores it by {entry!r}"
+        if coverage.matches is by_substring and not by_ending(entry, raw.path):
+            found += ", which its name contains, and which names no unquantized module as a whole"
         raise raw.error(
             f"quantized tensors {sorted(raw.tensors)}",
-            f"the config ignores it by {entry!r}",
+            found,
             "config and tensors contradict each other: correct the ignore list",
         )
     if fmt is DENSE:
@@ -237,12 +247,14 @@ def _survey(checkpoint: Checkpoint) -> Contents:
     modules: dict[str, QuantizedModule] = {}
     idle: dict[str, str] = {}
     unquantized: list[str] = []
+    dense = (p for p, t in groups.items() if not _is_marked(fmt, t) and _is_linear(p, t))
+    whole = whole_entries(coverage, dense)
     with warn_once(stacklevel=4) as current:
         for path, tensors in groups.items():
             current.path = path
             raw = RawModule(path, tensors, checkpoint.config)
             if _is_marked(fmt, tensors) and not (path.endswith("norm") and len(tensors) == 1):
-                module = _quantized(fmt, config, coverage, raw)
+                module = _quantized(fmt, config, coverage, whole, raw)
             elif _is_linear(path, tensors):
                 module = build_module(DENSE, DENSE.spec(config, raw), raw)
                 if fmt is not DENSE and not USUALLY_DENSE.search(path) and coverage.targeted(path):

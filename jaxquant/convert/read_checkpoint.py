@@ -20,6 +20,7 @@ from jaxquant.convert.read_json import load_object, parse, scan_object
 from jaxquant.convert.read_safetensors import map_file, read_safetensors
 from jaxquant.errors import FormatError
 from jaxquant.formats.base import FormatWarning, RawTensor, method_of
+from jaxquant.models.config import FAMILIES
 
 MAX_INDEX_BYTES = 64 << 20
 MAX_FILE_NAME = 200
@@ -39,11 +40,13 @@ class Checkpoint:
 
     Attributes:
         path: the directory.
-        config: ``config.json``, ``{}`` where there is none.
+        config: ``config.json``, ``{}`` where there is none; where it describes several models, the
+            language model's part of it.
         quant_config: the description of the quantization, None for an unquantized checkpoint.
         tensors: every tensor by name, unread.
         metadata: ``__metadata__`` strings of all files.
         quant_file: name of the file that describes the quantization.
+        several: whether ``config.json`` describes other models beside the language model.
     """
 
     path: Path
@@ -52,6 +55,7 @@ class Checkpoint:
     tensors: Mapping[str, RawTensor]
     metadata: Mapping[str, str]
     quant_file: str = "config.json"
+    several: bool = False
 
     @property
     def method(self) -> str:
@@ -203,6 +207,24 @@ def _section(config: Mapping[str, Any], key: str, where: str) -> dict[str, Any] 
     return value
 
 
+def _language_config(config: dict[str, Any], where: str) -> dict[str, Any] | None:
+    """The language model's part of a multimodal model's config, None where it is the whole.
+
+    Its words of the end and whether its output is the embedding may stand outside.
+    """
+    if "num_hidden_layers" in config:
+        return None
+    for key in TEXT_CONFIGS:
+        section = _section(config, key, where)
+        if section is not None and "num_hidden_layers" in section:
+            outer = ("model_type", "eos_token_id", "bos_token_id", "tie_word_embeddings")
+            part = {name: config[name] for name in outer if name in config} | section
+            # The architecture is the whole's; that of the part follows from its type.
+            family = FAMILIES.get(str(part.get("model_type")))
+            return part if family is None else {"architectures": [family]} | part
+    return None
+
+
 def _find_quant_config(
     directory: Path, config: Mapping[str, Any]
 ) -> tuple[dict[str, Any] | None, str]:
@@ -304,4 +326,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
                 tensors[key] = tensor
             metadata |= content.metadata
     quant_config, quant_file = _find_quant_config(directory, config)
-    return Checkpoint(directory, config, quant_config, tensors, metadata, quant_file)
+    language = _language_config(config, str(config_path))
+    several = language is not None
+    config = config if language is None else language
+    return Checkpoint(directory, config, quant_config, tensors, metadata, quant_file, several)

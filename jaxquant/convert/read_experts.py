@@ -5,6 +5,7 @@ Whether a stack is transposed or interleaved follows from the model type, never 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import re
@@ -20,19 +21,33 @@ from jaxquant.formats.base import FormatWarning, RawTensor
 STACK = re.compile(
     r"(?P<stem>.*\.experts)\.(?P<part>gate_up_proj|down_proj|gate_proj|up_proj)(?P<tail>.*)"
 )
+# A stack is a parameter of the experts (gate_up_proj, gate_up_proj_scale_inv), or a module (that of
+# compressed-tensors: gate_up_proj.weight_packed).
+_OF_MODULES = (
+    "weight_packed",
+    "weight_shape",
+    "weight_zero_point",
+    "weight_g_idx",
+    "weight_global_scale",
+    "input_global_scale",
+    "input_zero_point",
+    "weight_scale",
+    "weight_scale_inv",
+    "weight_scale_2",
+    "input_scale",
+)
 TAILS = {
     "": "weight",
     ".weight": "weight",
     "_scale_inv": "weight_scale_inv",
     "_scale": "weight_scale",
     "_activation_scale": "activation_scale",
-    "_weight_scale": "weight_scale",
-    "_weight_scale_2": "weight_scale_2",
-    "_input_scale": "input_scale",
     "_blocks": "blocks",
     "_scales": "scales",
     "_bias": "bias",
+    **{f"{sign}{suffix}": suffix for sign in "._" for suffix in _OF_MODULES},
 }
+_NO_ROWS = ("weight_g_idx",)
 TRANSPOSED = ("llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text", "gpt_oss")
 INTERLEAVED = ("gpt_oss",)
 EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts")
@@ -57,8 +72,19 @@ def expand_experts(
             expanded[name] = tensor
             continue
         suffix = TAILS[found["tail"]]
+        weight = tensors.get(name.removesuffix(found["tail"])) or tensors.get(
+            f"{found['stem']}.{found['part']}{found['tail'].replace(suffix, 'weight_packed')}"
+        )
+        if suffix == "weight_shape":
+            if weight is None:
+                expanded[name] = tensor
+                continue
+            tensor = _shapes(tensor, weight.shape, found["part"])
+        elif suffix == "weight_zero_point" and weight is not None:
+            _check_words(tensor, weight.shape, found["part"])
+        turned = kind in TRANSPOSED and _is_turned(tensor, suffix, weight)
         for expert in range(tensor.shape[0]):
-            for part, piece in _parts(tensor, found["part"], suffix, expert, kind):
+            for part, piece in _parts(tensor, found["part"], suffix, expert, turned, kind):
                 single = f"{found['stem']}.{expert}.{part}.{suffix}"
                 if single in tensors or single in expanded:
                     raise tensor.error(f"its slice is stored as {single} too", "one of the two")
@@ -66,18 +92,56 @@ def expand_experts(
     return expanded
 
 
+def _shapes(tensor: RawTensor, packed: tuple[int, ...], part: str) -> RawTensor:
+    """``weight_shape`` of a stack, [3] or the [2] of each expert, as one pair an expert."""
+    if tensor.dtype not in ("I64", "I32") or tensor.shape not in ((2,), (3,)) or len(packed) != 3:
+        raise tensor.error(f"{tensor.dtype} {list(tensor.shape)}", "I64 [3]: experts, out, in")
+    stored = tensor.read()
+    out, inputs = (int(n) for n in stored[-2:])
+    if (len(stored) == 3 and int(stored[0]) != packed[0]) or out != packed[1]:
+        rule = f"weight_packed has {packed[0]} experts of {packed[1]} rows"
+        raise tensor.error(f"{stored.tolist()}", rule)
+    halves = 2 if part == "gate_up_proj" else 1
+    pairs = np.tile(np.array([out // halves, inputs], stored.dtype), (packed[0], halves))
+    return dataclasses.replace(tensor, shape=pairs.shape, read=lambda: pairs, entry=None)
+
+
+def _check_words(tensor: RawTensor, packed: tuple[int, ...], part: str) -> None:
+    """Zero points that are packed along the rows: no word may have some of gate and some of up."""
+    if part != "gate_up_proj" or tensor.dtype not in ("I32", "U32") or len(packed) != 3:
+        return
+    rows, words = packed[1], tensor.shape[1]
+    if rows // 2 % 32 or words * 32 % rows:
+        raise tensor.error(
+            f"zero points of {rows} rows in {words} words",
+            "those of gate and of up lie in words of their own",
+            "save the experts one by one",
+        )
+
+
+def _is_turned(tensor: RawTensor, suffix: str, weight: RawTensor | None) -> bool:
+    """Whether a tensor lies [E, in, out], in a model whose plain weights do.
+
+    Packed blocks and their scales always lie [E, out, ...].  Scales of blocks lie as the weight
+    does, unless only the other way fits it.
+    """
+    if len(tensor.shape) != 3 or suffix not in ("weight", "weight_scale", "weight_scale_inv"):
+        return False
+    if suffix != "weight_scale_inv" or weight is None or len(weight.shape) != 3:
+        return True
+    (_, rows, columns), (_, high, wide) = weight.shape, tensor.shape
+    return rows * wide == columns * high or rows * high != columns * wide
+
+
 def _parts(
-    tensor: RawTensor, part: str, suffix: str, expert: int, kind: str
+    tensor: RawTensor, part: str, suffix: str, expert: int, transposed: bool, kind: str
 ) -> Iterable[tuple[str, RawTensor]]:
     """The slices of one expert: its weight, or its gate and its up weight."""
-    # Packed blocks and their scales always lie [E, out, ...]; only plain weights are transposed.
-    transposed = (
-        kind in TRANSPOSED and suffix in ("weight", "weight_scale") and len(tensor.shape) == 3
-    )
+    turns = transposed and suffix != "weight_scale"
     label = f"[{expert}]"
     # One scale an expert, [E] or [E, 1, 1], is that of both halves.
-    if part != "gate_up_proj" or math.prod(tensor.shape[1:]) == 1:
-        whole = tensor.pick(label, (expert,), transpose=transposed and suffix == "weight")
+    if part != "gate_up_proj" or math.prod(tensor.shape[1:]) == 1 or suffix in _NO_ROWS:
+        whole = tensor.pick(label, (expert,), transpose=turns)
         names = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
         return [(name, _channels(whole, suffix)) for name in names]
     axis = 2 if transposed else 1
@@ -95,7 +159,7 @@ def _parts(
     pieces = []
     for name, cut in zip(("gate_proj", "up_proj"), cuts, strict=True):
         index = (expert, slice(None), cut) if transposed else (expert, cut)
-        piece = tensor.pick(f"{label}.{name}", index, transposed and suffix == "weight")
+        piece = tensor.pick(f"{label}.{name}", index, turns)
         pieces.append((name, _channels(piece, suffix)))
     return pieces
 

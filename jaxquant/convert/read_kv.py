@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxquant.convert.read_checkpoint import Checkpoint
+from jaxquant.convert.read_json import load_object
 from jaxquant.errors import FormatError
 from jaxquant.formats.base import FormatWarning, RawTensor
 
@@ -25,6 +26,8 @@ _NAMES = (
     (re.compile(r"(?P<layer>.*\.self_attn)\.prob_output_scale"), "prob"),
     (re.compile(r"(?P<layer>.*\.self_attn)\.kv_scale_quant_orig"), "pair"),
 )
+SIDE_FILE = "kv_cache_scales.json"
+_ATTENTION = re.compile(r"(?P<layer>.*\.layers\.(?P<index>\d+)\.(?:self_attn|attn|attention))\..*")
 _OFFSET = re.compile(
     r".*\.(?:self_attn|attn|attention)\.[kvq]_zero_point|.*\.(?P<part>[kv])_proj\.(?P=part)_bias"
 )
@@ -71,12 +74,14 @@ def _read(tensor: RawTensor) -> np.ndarray:
 def kv_scales(checkpoint: Checkpoint) -> dict[str, KVScales]:
     """KV cache scales of every attention layer that has them.
 
-    Where only one of k and v is stored, it serves both, with a warning.
+    Where only one of k and v is stored, it serves both, with a warning.  Besides tensors these are
+    the scales of ``kv_cache_scales.json``, one a layer for k and v.
 
     Returns:
         module path of the attention -> scales.
     Raises:
-        FormatError: a scale is not finite, not positive or implausibly large, or given twice.
+        FormatError: a scale is not finite, not positive or implausibly large, or given twice; a
+            side file that does not fit the checkpoint.
     """
     found: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in checkpoint.tensors.items():
@@ -98,7 +103,89 @@ def kv_scales(checkpoint: Checkpoint) -> dict[str, KVScales]:
                     raise tensor.error(f"a second scale for {part}", "one scale a layer")
                 layer[part] = scale
             break
-    return {layer: _complete(layer, parts) for layer, parts in found.items()}
+    scales = {layer: _complete(layer, parts) for layer, parts in found.items()}
+    for layer, scale in _side_scales(checkpoint).items():
+        stored = scales.setdefault(layer, KVScales(scale, scale))
+        if not (np.array_equal(stored.k, scale) and np.array_equal(stored.v, scale)):
+            raise FormatError(
+                f"{checkpoint.path / SIDE_FILE}: {layer}",
+                f"{np.ravel(scale)[:4].tolist()}, where the tensors have k "
+                f"{np.ravel(stored.k)[:4].tolist()} and v {np.ravel(stored.v)[:4].tolist()}",
+                "one scale a layer",
+                f"remove {SIDE_FILE}, or the tensors",
+            )
+    return scales
+
+
+def _side_scales(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """The scales of ``kv_cache_scales.json``, which vLLM took as ``--quantization-param-path``.
+
+    ::
+
+        {"model_type": "llama",
+         "kv_cache": {"dtype": "float8_e4m3fn", "scaling_factor": {"0": {"0": 0.02, "1": 0.03}}}}
+
+    The factors are by rank of tensor parallelism, then by layer.  Ranks hold heads in order, so
+    ranks that differ give one scale a head.
+
+    Returns:
+        module path of the attention -> ``[]`` or ``[heads, 1, 1]`` f32.
+    """
+    path = checkpoint.path / SIDE_FILE
+    if not path.is_file():
+        return {}
+    where, content = str(path), load_object(path)
+    cache = content.get("kv_cache")
+    cache = cache if isinstance(cache, Mapping) else {}
+    if cache.get("dtype") != "float8_e4m3fn":
+        raise FormatError(
+            f"{where}: kv_cache: dtype", repr(cache.get("dtype"))[:80], "float8_e4m3fn is read"
+        )
+    kind, own = content.get("model_type"), checkpoint.config.get("model_type")
+    if kind is not None and own is not None and kind != own:
+        rule = f"config.json says {own!r}"
+        raise FormatError(f"{where}: model_type", repr(kind)[:80], rule, "use the model's own file")
+    places = {
+        int(match["index"]): match["layer"]
+        for match in map(_ATTENTION.fullmatch, checkpoint.tensors)
+        if match is not None and len(match["index"]) < 6
+    }
+    ranks = _in_order(cache.get("scaling_factor"), f"{where}: kv_cache: scaling_factor")
+    count = checkpoint.config.get("num_hidden_layers")
+    # A layer of multi-token prediction comes after the last one; it may have no factor.
+    needed = sorted(i for i in places if type(count) is not int or i < count)
+    columns: list[list[float]] = []
+    for rank, layers in enumerate(ranks):
+        at = f"{where}: kv_cache: scaling_factor: {rank}"
+        factors = _in_order(layers, at)
+        if len(factors) < len(needed) or len(factors) > len(places):
+            rule = f"the checkpoint has {len(needed)} layers"
+            raise FormatError(at, f"{len(factors)} layers", rule, "use the model's own file")
+        for layer, factor in enumerate(factors):
+            if type(factor) not in (int, float) or not 0 < factor < MAX_SCALE:
+                rule = f"KV scales lie between 0 and {MAX_SCALE:g}"
+                raise FormatError(f"{at}: {layer}", repr(factor)[:80], rule)
+        columns.append(factors)
+    scales = np.asarray(columns, np.float32)
+    heads = checkpoint.config.get("num_key_value_heads")
+    if (scales == scales[:1]).all():
+        values = scales[0]
+    elif type(heads) is int and heads > 0 and heads % len(columns) == 0:
+        values = np.repeat(scales, heads // len(columns), 0).T[..., None, None]
+    else:
+        rule = f"num_key_value_heads = {heads} heads divided among the ranks"
+        raise FormatError(where, f"{len(columns)} ranks with factors of their own", rule)
+    return {places[i]: np.asarray(values[i]) for i in range(len(values)) if i in places}
+
+
+def _in_order(table: Any, where: str) -> list[Any]:
+    """The values of an object with the keys "0", "1" ..., in the order of the numbers."""
+    rule = 'an object with keys "0", "1" ...'
+    if not isinstance(table, Mapping) or not table:
+        raise FormatError(where, repr(table)[:80], rule)
+    if table.keys() != {str(i) for i in range(len(table))}:
+        raise FormatError(where, f"keys {sorted(table)[:8]}", rule)
+    return [table[str(i)] for i in range(len(table))]
 
 
 def _complete(layer: str, parts: Mapping[str, np.ndarray]) -> KVScales:

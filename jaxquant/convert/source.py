@@ -18,13 +18,13 @@ from jaxquant.convert.gguf_model import open_gguf_model
 from jaxquant.convert.item import Item, ModelSource
 from jaxquant.convert.mix import mixed
 from jaxquant.convert.name_map import NameMap, renamed
-from jaxquant.convert.names import canonical, ignored
+from jaxquant.convert.names import LANGUAGE_ROOTS, canonical, ignored
 from jaxquant.convert.plan_file import PrecisionPlan
 from jaxquant.convert.read import EMBEDDINGS, QuantizedModule, survey
-from jaxquant.convert.read_checkpoint import open_checkpoint
+from jaxquant.convert.read_checkpoint import Checkpoint, open_checkpoint
 from jaxquant.convert.read_json import load_object
-from jaxquant.convert.read_kv import is_kv_scale, is_kv_zero, kv_scales
-from jaxquant.errors import ConfigError, PlanError, within
+from jaxquant.convert.read_kv import is_kv_scale, is_kv_zero, kv_cache_scheme, kv_scales
+from jaxquant.errors import ConfigError, FormatError, PlanError, within
 from jaxquant.formats.base import FormatWarning, RawTensor, numpy_dtype
 from jaxquant.models import ModelConfig
 
@@ -76,6 +76,15 @@ def _directory_source(path: Path, names: NameMap | str | Path | None) -> ModelSo
     tensors |= {f"{n}.weight": contents.modules[n].raw["weight"] for n in embeddings}
     targets = new.tensors | {f"{n}.weight": to for n, to in embeddings.items()}
     linears = {n: m for n, m in contents.modules.items() if n not in embeddings}
+    for name, module in linears.items():
+        if (new.modules.get(name) or canonical(name)) == "model.embed_tokens":
+            raise FormatError(
+                f"{next(iter(module.raw.values())).file}: {name}",
+                f"an embedding in {module.format.name}, {module.layout}",
+                "a model takes whole rows of it, of 16 or 32 bits",
+                "quantize again with the embedding among the ignored modules",
+            )
+    apart = checkpoint.several and any(n.startswith(LANGUAGE_ROOTS) for n in contents.modules)
     weights: dict[str, Item] = {}
     arrays: dict[str, Item] = {}
     problems = []
@@ -86,6 +95,8 @@ def _directory_source(path: Path, names: NameMap | str | Path | None) -> ModelSo
         for name, item in pieces:
             known = given.get(name) or canonical(name)
             reason = contents.idle.get(name) or ignored(known, config)
+            if apart and name not in given and not name.startswith((*LANGUAGE_ROOTS, "lm_head")):
+                reason = "no part of the language model"
             if reason is not None:
                 left_out[name] = reason
             elif known in table:
@@ -95,8 +106,12 @@ def _directory_source(path: Path, names: NameMap | str | Path | None) -> ModelSo
     attention = {n.rpartition(".")[0]: to.rpartition(".")[0] for n, to in new.modules.items()}
     for layer, scales in kv_scales(checkpoint).items():
         owner = attention.get(layer) or canonical(layer)
+        reason = ignored(f"{owner}.k_scale", config) or _no_fp8_cache(checkpoint, config)
         for part, value in (("k", scales.k), ("v", scales.v)):
-            arrays[f"{owner}.{part}_scale"] = _loaded_item(value, str(path))
+            if reason is not None:
+                left_out[f"{layer}.{part}_scale"] = reason
+            else:
+                arrays[f"{owner}.{part}_scale"] = _loaded_item(value, str(path))
         for part, value in (("q", scales.q), ("prob", scales.prob)):
             if value is not None:
                 left_out[f"{layer}.{part}_scale"] = "queries and attention weights stay unquantized"
@@ -106,6 +121,16 @@ def _directory_source(path: Path, names: NameMap | str | Path | None) -> ModelSo
         left_out["lm_head"] = "tied to the embedding"
         del weights["lm_head"]
     return ModelSource(path, config, checkpoint.config, weights, arrays, left_out)
+
+
+def _no_fp8_cache(checkpoint: Checkpoint, config: ModelConfig) -> str | None:
+    """Why a checkpoint's scales of a key-value cache are not those of the model's fp8 one."""
+    if config.latent is not None:
+        return "the cache of latent attention stays unquantized"
+    if kv_cache_scheme(checkpoint) == "nvfp4":
+        # Values over such a scale reach 6 x 448, which e4m3 codes would clip.
+        return "the second level of an NVFP4 cache; the cache stays unquantized"
+    return None
 
 
 def _is_tied(head: Item, arrays: Mapping[str, Item], where: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from jaxquant.arrays.codes import CODES
 from jaxquant.arrays.scheme import ActSpec
 from jaxquant.errors import FormatError
-from jaxquant.formats.names import by_name_or_regex, roots
+from jaxquant.formats.names import by_name_or_regex, roots, stack_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +191,7 @@ def parse_groups(config: Mapping[str, Any]) -> tuple[Group, ...]:
 def group_of(groups: tuple[Group, ...], path: str) -> Group | None:
     """The group that a linear belongs to: by exact name, then by pattern, then by class."""
     names = roots(path)
+    names += tuple(stack for name in names for stack in stack_names(name))
     for test in (
         lambda target: target in names,
         lambda target: target.startswith("re:") and any(by_name_or_regex(target, n) for n in names),

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,7 +48,7 @@ from jaxquant.formats.base import (
     numpy_dtype,
 )
 from jaxquant.formats.fp4 import Fp4Spec, fp4_activations, fp4_spec
-from jaxquant.formats.names import by_glob, string_list
+from jaxquant.formats.names import by_glob, fused_aliases, roots, stack_names, string_list
 from jaxquant.formats.scaled import (
     ScaledSpec,
     Side,
@@ -58,6 +59,7 @@ from jaxquant.formats.scaled import (
 )
 
 METHODS = ("modelopt", *(f"modelopt-{kind}" for kind in ("fp8", "fp4", "mxfp8", "mixed")), "nvfp4")
+_IN_EXPERTS = re.compile(r"(.*\.experts)\.\d+\.")
 SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale")
 ALIASES = {
     "FP8_PC_PT": "FP8_PER_CHANNEL_PER_TOKEN",
@@ -81,9 +83,23 @@ def _coverage(config: Mapping[str, Any]) -> Coverage:
     layers = config.get("quantized_layers")
 
     def targeted(path: str) -> bool:
-        return not isinstance(layers, Mapping) or not layers or path in layers
+        return not isinstance(layers, Mapping) or not layers or _layer(layers, path) is not None
 
     return Coverage(string_list(config, "ignore", "exclude_modules"), by_glob, targeted)
+
+
+def _layer(layers: Mapping[str, Any], path: str) -> Any:
+    """The entry of ``quantized_layers`` for a module, None where there is none.
+
+    The list may have another root than the tensors, and may name what a runtime joins:
+    ``qkv_proj``, a stack of experts, or all ``experts`` of a layer.
+    """
+    for name in roots(path):
+        experts = (name[: found.end(1)],) if (found := _IN_EXPERTS.match(name)) else ()
+        for known in (name, *fused_aliases(name), *stack_names(name), *experts):
+            if layers.get(known) is not None:
+                return layers[known]
+    return None
 
 
 def _algorithm(config: Mapping[str, Any], path: str) -> str | None:
@@ -97,7 +113,7 @@ def _algorithm(config: Mapping[str, Any], path: str) -> str | None:
             raise FormatError(
                 "quantization_config: quantized_layers", repr(layers)[:80], "module -> algorithm"
             )
-        entry = layers.get(path)
+        entry = _layer(layers, path)
         if entry is None:
             return None
         name = str(entry.get("quant_algo") if isinstance(entry, Mapping) else entry).upper()

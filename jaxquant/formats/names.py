@@ -38,14 +38,28 @@ def fused_aliases(path: str) -> tuple[str, ...]:
     return tuple(f"{stem}.{fused}" for fused, parts in FUSED.items() if last in parts)
 
 
+def stack_names(path: str) -> tuple[str, ...]:
+    """What an expert's projection is a part of in a checkpoint whose experts are stacked."""
+    found = re.fullmatch(r"(.*\.experts)\.\d+\.(\w+)", path)
+    if found is None:
+        return ()
+    parts = (found[2], *(fused for fused, parts in FUSED.items() if found[2] in parts))
+    return tuple(f"{found[1]}.{part}" for part in parts)
+
+
 def by_component(entry: str, path: str) -> bool:
     """The entry is a run of whole dotted components of the path (fp8, blockwise int8, bnb)."""
     return f".{entry}." in f".{path}."
 
 
+def by_ending(entry: str, path: str) -> bool:
+    """The entry is a run of whole components or, as transformers has it, a plain suffix."""
+    return path.endswith(entry) or by_component(entry, path)
+
+
 def by_regex_or_suffix(entry: str, path: str) -> bool:
     """transformers: a regex anchored at the start and ending at a component, or a plain suffix."""
-    if path.endswith(entry) or by_component(entry, path):
+    if by_ending(entry, path):
         return True
     if entry.replace(".", "").replace("_", "").replace("-", "").isalnum():
         return False
@@ -103,11 +117,13 @@ def _candidates(coverage: Coverage, names: tuple[str, ...]) -> Iterable[str]:
 def ignored_by(coverage: Coverage, path: str) -> str | None:
     """The first ignore entry that covers ``path`` under any of its roots, or None.
 
-    A fused name in the list (``qkv_proj``) covers all of its parts.
+    A fused name in the list (``qkv_proj``) covers all of its parts, a stack's all of its experts.
     """
     if not coverage.ignored:
         return None
     names = roots(path)
+    if coverage.matches is not by_substring:
+        names += tuple(stack for name in names for stack in stack_names(name))
     aliases = tuple(alias for name in names for alias in fused_aliases(name))
     for entry in _candidates(coverage, (*names, *aliases)):
         if any(coverage.matches(entry, name) for name in names):
@@ -115,6 +131,18 @@ def ignored_by(coverage: Coverage, path: str) -> str | None:
         if entry.endswith(tuple(FUSED)) and any(by_component(entry, alias) for alias in aliases):
             return entry
     return None
+
+
+def whole_entries(coverage: Coverage, dense: Iterable[str]) -> frozenset[str]:
+    """Entries of a list of substrings that name an unquantized module by whole components.
+
+    AWQ's own tool looks for substrings, transformers for components, both write the same list: with
+    ``gate`` the one leaves out the router and ``gate_proj``, the other the router only.
+    """
+    if coverage.matches is not by_substring:
+        return frozenset()
+    paths = tuple(dense)
+    return frozenset(e for e in coverage.ignored if any(by_ending(e, path) for path in paths))
 
 
 def string_list(config: Mapping[str, Any], *keys: str) -> tuple[str, ...]:

@@ -136,9 +136,10 @@ def _describe_gptq(
         desc_act=bool(act_order),
         lm_head_quantized="lm_head" in plan,
         dynamic=dynamic,
+        sym=bool(symmetric),
+        checkpoint_format=name,
     ).to_hf()
-    config |= {"sym": symmetric, "checkpoint_format": name, "pack_dtype": "int32"}
-    return config, _with_spec(plan, version=version)
+    return config | {"pack_dtype": "int32"}, _with_spec(plan, version=version)
 
 
 def _with_spec(plan: Plan, **changes: Any) -> Plan:

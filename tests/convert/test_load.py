@@ -17,6 +17,10 @@ from jaxquant.convert.inspect import inspect_plan
 from jaxquant.convert.placement import logical_axes
 from jaxquant.convert.save import describe
 from jaxquant.errors import ConfigError, FormatError, PlanError
+from jaxquant.models import ModelConfig
+from tests.convert.writer import write_checkpoint
+from tests.formats.cases import CASES
+from tests.small_models import CONFIGS, random_tensors
 
 BUNDLED = Path(jq.__file__).parent / "bundled" / "tiny-qwen3-moe"
 IDS = jnp.arange(24, dtype=jnp.int32).reshape(2, 12) * 7 % 2000
@@ -399,3 +403,81 @@ def test_read_quantized_has_every_linear(model):
         name for name, q in describe(model)[0].items() if name != "model.embed_tokens"
     }
     assert all(q.axes == ("out", "in") for q in ours.values())
+
+
+def kv_arrays(config, layers):
+    """Random tensors and KV scales of `layers` layers, in ModelOpt's names."""
+    arrays = random_tensors(ModelConfig.from_hf(config))
+    for i in range(layers):
+        for part in "kv":
+            name = f"model.layers.{i}.self_attn.{part}_proj.{part}_scale"
+            arrays[name] = np.float32([0.02])
+    return arrays
+
+
+@pytest.mark.parametrize(
+    "config,changes,layers,reason",
+    [
+        ("deepseek-v3", {}, 3, "prediction"),
+        ("deepseek-v3", {}, 2, "latent"),
+        ("llama", {"kv_cache_quant_algo": "NVFP4"}, 2, "NVFP4"),
+    ],
+)
+def test_kv_scales_that_are_not_of_an_fp8_cache_are_left_out(
+    config, changes, layers, reason, tmp_path
+):
+    config = {**CONFIGS[config], "num_hidden_layers": 2}
+    quantized = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["*"], **changes}
+    arrays = kv_arrays(config, layers)
+    write_checkpoint(tmp_path, arrays, config | {"quantization_config": quantized})
+    model = jq.from_pretrained(tmp_path)
+    last = f"model.layers.{layers - 1}.self_attn.k_scale"
+    assert reason in dict(model.report.ignored)[last]
+    assert not any("scale" in str(path) for path, _ in nnx.state(model).flat_state())
+
+
+def test_kv_scales_of_a_side_file_are_those_of_tensors(tmp_path):
+    config = CONFIGS["llama"]
+    write_checkpoint(tmp_path / "tensors", kv_arrays(config, 2), config)
+    write_checkpoint(tmp_path / "file", kv_arrays(config, 0), config)
+    cache = {"dtype": "float8_e4m3fn", "scaling_factor": {"0": {"0": 0.02, "1": 0.02}}}
+    (tmp_path / "file" / "kv_cache_scales.json").write_text(json.dumps({"kv_cache": cache}))
+    ids = IDS % 64
+    file, tensors = (jq.from_pretrained(tmp_path / n)(ids) for n in ("file", "tensors"))
+    np.testing.assert_array_equal(file, tensors)
+
+
+@pytest.mark.parametrize("root", ["language_model.model.", "model.language_model.", "model."])
+def test_the_language_model_of_a_multimodal_checkpoint(root, tmp_path):
+    config = CONFIGS["llama"]
+    tensors = random_tensors(ModelConfig.from_hf(config))
+    write_checkpoint(tmp_path / "alone", tensors, config)
+    outer = {name: config[name] for name in ("eos_token_id", "tie_word_embeddings")}
+    inner = {k: v for k, v in config.items() if k not in (*outer, "architectures")}
+    whole = outer | {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
+    whole |= {"text_config": inner, "vision_config": {"num_hidden_layers": 1}}
+    arrays = {name.replace("model.", root, 1): value for name, value in tensors.items()}
+    other = {"vision_tower.q_proj.weight": np.ones((8, 8), np.float32)} if root != "model." else {}
+    write_checkpoint(tmp_path / "whole", arrays | other, whole)
+    model = jq.from_pretrained(tmp_path / "whole")
+    assert [name for name, _ in model.report.ignored] == [n[:-7] for n in other]
+    ids = IDS % 64
+    np.testing.assert_array_equal(model(ids), jq.from_pretrained(tmp_path / "alone")(ids))
+    jq.save_pretrained(model, tmp_path / "saved")
+    np.testing.assert_array_equal(model(ids), jq.from_pretrained(tmp_path / "saved")(ids))
+    # A type of text model that is not known is named.
+    whole["text_config"] = inner | {"model_type": "qwen2_5_vl_text"}
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(whole))
+    with pytest.raises(ConfigError, match="qwen2_5_vl_text"):
+        jq.from_pretrained(tmp_path / "whole")
+
+
+def test_a_quantized_embedding_is_named(tmp_path):
+    tensors = random_tensors(ModelConfig.from_hf(CONFIGS["llama"]))
+    case = CASES["ct-fp8-channel"]
+    rows, columns = tensors.pop("model.embed_tokens.weight").shape
+    for suffix, array in case.arrays.items():
+        tensors[f"model.embed_tokens.{suffix}"] = array[:rows, :columns]
+    write_checkpoint(tmp_path, tensors, CONFIGS["llama"] | {"quantization_config": case.config})
+    with pytest.raises(FormatError, match="embed_tokens: an embedding in compressed-tensors"):
+        jq.from_pretrained(tmp_path)

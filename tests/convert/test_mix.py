@@ -67,6 +67,21 @@ def test_one_of_two_that_were_scaled_for_each_other_is_doubted(part, folders, tm
         loaded(folders, tmp_path, "inner", "model.layers.*.mlp.*.weight")
 
 
+@pytest.mark.parametrize("scheme,found", [("nvfp4a16", "e2m1"), ("w4a16_g16", "")])
+def test_int4_means_integers(scheme, found, folders, tmp_path):
+    other, base = tmp_path / scheme, folders / "base"
+    jq.export_pretrained(base, other, format="compressed-tensors", scheme=scheme)
+    (tmp_path / "plan.yaml").write_text(
+        f"mixed_precision:\n  base_model_path: {base}\n  int4_path: {other}\n"
+        '  weight_mapping:\n    "model.layers.0.self_attn.q_proj.weight": int4\n'
+    )
+    if not found:
+        jq.from_pretrained(base, plan=tmp_path / "plan.yaml")
+        return
+    with pytest.raises(PlanError, match=rf"q_proj.*{found}.*not as int4.*integer codes"):
+        jq.from_pretrained(base, plan=tmp_path / "plan.yaml")
+
+
 def test_weights_that_were_scaled_for_another_norm_are_refused(folders, tmp_path):
     with pytest.raises(PlanError, match=r"post_attention_layernorm\.weight differs"):
         loaded(folders, tmp_path, "norm", "model.layers.*.mlp.up_proj.weight")

@@ -517,6 +517,23 @@ def test_ignore_rules_of_each_family(name, tmp_path):
     assert complained != ignored
 
 
+@pytest.mark.parametrize("entry", ["gate", "mlp.gate", "layers.0.mlp.gate"])
+def test_an_awq_entry_of_a_router_leaves_gate_projections_alone(entry, tmp_path):
+    """AutoAWQ matches substrings, transformers components: the file shows which wrote it."""
+    case, config = CASES["awq-gemm"], {"modules_to_not_convert": [entry]}
+    gate, router = "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.gate"
+    both = named(case, gate) | {f"{router}.weight": weights(8, 192)}
+    found = contents(tmp_path / "router", both, case.config | config)
+    assert found.modules[gate].format.name == "awq"
+    # Without the router, or with quantized codes of its own, nothing says what was meant.
+    error = refused(tmp_path / "alone", named(case, gate), case.config | config)
+    assert repr(entry) in error.rule and "names no unquantized module" in error.rule
+    both |= named(case, "model.layers.1.mlp.gate")
+    if entry != "layers.0.mlp.gate":
+        error = refused(tmp_path / "own", both, case.config | config)
+        assert "model.layers.1.mlp.gate" in error.where and "whole" not in error.rule
+
+
 def test_groups_of_several_schemes(tmp_path):
     attention, mlp = CASES["ct-fp8-channel"], ct_packed(4)
     groups = {
@@ -571,6 +588,33 @@ def test_rows_of_k_proj_must_be_the_configs_heads(tmp_path):
     contents(tmp_path / "a", good, None, hidden_size=128, **config)
     error = refused(tmp_path / "b", good, None, hidden_size=256, **config)
     assert path in error.where
+
+
+@pytest.mark.parametrize(
+    "path,listed",
+    [
+        ("model.layers.0.self_attn.q_proj", "layers.0.self_attn.q_proj"),
+        ("model.layers.0.self_attn.q_proj", "model.language_model.layers.0.self_attn.q_proj"),
+        ("model.language_model.layers.0.mlp.up_proj", "language_model.model.layers.0.mlp.up_proj"),
+        ("model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.qkv_proj"),
+        ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.gate_up_proj"),
+        ("model.layers.0.mlp.experts.0.up_proj", "model.layers.0.mlp.experts.gate_up_proj"),
+        ("model.layers.0.mlp.experts.0.down_proj", "model.layers.0.mlp.experts"),
+    ],
+)
+def test_layers_of_modelopt_go_by_several_names(path, listed, tmp_path):
+    case = CASES["modelopt-fp8"]
+    config = case.config | {"quant_algo": "MIXED_PRECISION"}
+    # An exact name goes before one of several modules.
+    for layers in (
+        {listed: {"quant_algo": "FP8"}},
+        {listed: {"quant_algo": "NVFP4"}, path: {"quant_algo": "FP8"}},
+    ):
+        folder = tmp_path / str(len(layers))
+        found = contents(folder, named(case, path), config | {"quantized_layers": layers})
+        assert found.modules[path].layout.code == CODES["e4m3"]
+    other = config | {"quantized_layers": {"model.layers.0.mlp": {"quant_algo": "FP8"}}}
+    assert "targets" in refused(tmp_path / "other", named(case, path), other).action
 
 
 @pytest.mark.parametrize("kind", ["fp8", "fp4", "mxfp8", "mixed"])
@@ -635,6 +679,98 @@ def test_gpt_oss_blocks_are_cut_into_gate_and_up(tmp_path):
     np.testing.assert_array_equal(value(found.modules[f"{stem}.0.gate_proj"]), want[0::2])
     np.testing.assert_array_equal(value(found.modules[f"{stem}.0.up_proj"]), want[1::2])
     assert len(found.tensors) == 2
+
+
+STEM = "model.layers.0.mlp.experts"
+
+
+def packed_stack(sym=True, rows=64):
+    """Two experts as compressed-tensors packs a weight of rank 3, and what each is worth."""
+    case = ct_packed(4, sym=sym, shape=(rows, 192))
+    arrays = {k: np.stack([v, v[::-1]]) for k, v in case.arrays.items() if k != "weight_shape"}
+    if not sym:
+        # Words of zero points are not rows: their order within a word would change.
+        arrays["weight_zero_point"] = np.stack([case.arrays["weight_zero_point"]] * 2)
+        arrays["weight_packed"] = np.stack([case.arrays["weight_packed"]] * 2)
+        arrays["weight_scale"] = np.stack([case.arrays["weight_scale"]] * 2)
+    return case, arrays | {"weight_shape": np.array([2, rows, 192], np.int64)}
+
+
+@pytest.mark.parametrize("shape", [3, 2, 0])
+def test_stacks_of_packed_weights_are_read_one_by_one(shape, tmp_path):
+    case, stack = packed_stack()
+    stack["weight_shape"] = stack["weight_shape"][-shape:]
+    if not shape:
+        del stack["weight_shape"]
+    parts = ("gate_up_proj", "down_proj")
+    arrays = {f"{STEM}.{part}.{suffix}": a for part in parts for suffix, a in stack.items()}
+    found = contents(tmp_path, arrays, case.config, num_experts=2)
+    want = case.weight.astype(np.float32)
+    for path, part in (("0.gate_proj", want[:32]), ("0.up_proj", want[32:]), ("0.down_proj", want)):
+        np.testing.assert_array_equal(value(found.modules[f"{STEM}.{path}"]), part)
+    np.testing.assert_array_equal(value(found.modules[f"{STEM}.1.gate_proj"]), want[::-1][:32])
+    assert len(found.modules) == 6 and not found.tensors
+
+
+@pytest.mark.parametrize("target", [f"{STEM}.gate_up_proj", r"re:.*\.experts\.gate_up_proj$"])
+def test_targets_name_stacks_of_experts(target, tmp_path):
+    case, stack = packed_stack()
+    group = case.config["config_groups"]["group_0"] | {"targets": [target]}
+    arrays = {f"{STEM}.gate_up_proj.{suffix}": a for suffix, a in stack.items()}
+    arrays[f"{STEM}.down_proj"] = weights(2, 192, 32)
+    config = case.config | {"config_groups": {"group_0": group}}
+    found = contents(tmp_path, arrays, config, num_experts=2).modules
+    assert found[f"{STEM}.1.up_proj"].layout.code == CODES["int4"]
+    # And so do lists of what is ignored.
+    config["config_groups"]["group_0"] = group | {"targets": ["Linear"]}
+    contents(tmp_path / "ignored", arrays, config | {"ignore": [f"{STEM}.down_proj"]})
+    error = refused(tmp_path / "both", arrays, config | {"ignore": [target]})
+    assert "gate_proj" in error.where and repr(target) in error.rule
+
+
+def test_packed_zero_points_of_a_stack(tmp_path):
+    case, stack = packed_stack(sym=False)
+    arrays = {f"{STEM}.gate_up_proj.{suffix}": a for suffix, a in stack.items()}
+    found = contents(tmp_path / "whole", arrays, case.config)
+    np.testing.assert_array_equal(
+        value(found.modules[f"{STEM}.1.up_proj"]), case.weight[32:].astype(np.float32)
+    )
+    case, stack = packed_stack(sym=False, rows=24)
+    arrays = {f"{STEM}.gate_up_proj.{suffix}": a for suffix, a in stack.items()}
+    error = refused(tmp_path / "shared", arrays, case.config)
+    assert "weight_zero_point" in error.where and "words of their own" in error.rule
+
+
+@pytest.mark.parametrize("wrong", [[2, 32, 192], [3, 64, 192], [2, 2, 64, 192]])
+def test_a_shape_that_is_not_the_stacks_is_refused(wrong, tmp_path):
+    case, stack = packed_stack()
+    arrays = {f"{STEM}.gate_up_proj.{suffix}": a for suffix, a in stack.items()}
+    arrays[f"{STEM}.gate_up_proj.weight_shape"] = np.array(wrong, np.int64)
+    assert "weight_shape" in refused(tmp_path, arrays, case.config).where
+
+
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("kind", ["qwen3_vl_moe_text", "qwen3_moe"])
+def test_block_scales_of_a_stack_lie_as_its_weight(kind, turned, tmp_path):
+    config = {"quant_method": "fp8", "weight_block_size": [64, 64]}
+    up = fp8(config, (64, 64), (4, 1), (256, 64), suffix="weight_scale_inv")
+    down = fp8(config, (64, 64), (1, 2), (64, 128), suffix="weight_scale_inv")
+    stored = kind != "qwen3_moe"
+    arrays = {}
+    for part, case in (("gate_up_proj", up), ("down_proj", down)):
+        for tail, suffix, turns in (
+            ("", "weight", stored),
+            # Without doubt about the shape, scales may lie the other way round.
+            ("_scale_inv", "weight_scale_inv", stored and turned),
+        ):
+            stack = np.stack([case.arrays[suffix]] * 2)
+            arrays[f"{STEM}.{part}{tail}"] = stack.swapaxes(1, 2).copy() if turns else stack
+    found = contents(tmp_path, arrays, config, model_type=kind, num_experts=2).modules
+    want = up.weight.astype(np.float32)
+    np.testing.assert_array_equal(value(found[f"{STEM}.1.gate_proj"]), want[:128])
+    np.testing.assert_array_equal(value(found[f"{STEM}.0.up_proj"]), want[128:])
+    want = down.weight.astype(np.float32)
+    np.testing.assert_array_equal(value(found[f"{STEM}.1.down_proj"]), want)
 
 
 @pytest.mark.parametrize("bad_scale", [None, 0.0, np.inf])
@@ -755,6 +891,53 @@ def test_the_kv_cache_scheme_is_kept(tmp_path):
     config = CT4.config | {"kv_cache_scheme": scheme | {"num_bits": 2}}
     with pytest.raises(FormatError, match="kv_cache_scheme"):
         kv_cache_scheme(open_checkpoint(write(tmp_path / "bad", {"a": weights(2)}, config)))
+
+
+SIDE = {"model_type": "llama", "kv_cache": {"dtype": "float8_e4m3fn"}}
+
+
+def side_scales(folder, factors, **changes):
+    """KV scales of two layers, the factors in kv_cache_scales.json."""
+    arrays = {f"model.layers.{i}.self_attn.q_proj.weight": weights(2) for i in range(2)}
+    write(folder, arrays | changes.pop("arrays", {}))
+    config = {"model_type": "llama", "num_hidden_layers": 2, "num_key_value_heads": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    cache = {"dtype": "float8_e4m3fn", "scaling_factor": factors} | changes
+    (folder / "kv_cache_scales.json").write_text(json.dumps(SIDE | {"kv_cache": cache}))
+    return kv_scales(open_checkpoint(folder))
+
+
+def test_kv_scales_of_a_side_file(tmp_path):
+    scales = side_scales(tmp_path / "one", {"0": {"1": 0.5, "0": 0.25}})
+    assert [float(scales[f"model.layers.{i}.self_attn"].k) for i in range(2)] == [0.25, 0.5]
+    assert float(scales["model.layers.1.self_attn"].v) == 0.5
+    same = side_scales(tmp_path / "same", {str(r): {"0": 0.25, "1": 0.5} for r in range(8)})
+    assert same == scales
+    # Ranks hold heads in order.
+    ranks = side_scales(tmp_path / "two", {"0": {"0": 1, "1": 2}, "1": {"0": 3, "1": 4}})
+    assert ranks["model.layers.1.self_attn"].k.shape == (4, 1, 1)
+    assert ranks["model.layers.1.self_attn"].v.ravel().tolist() == [2, 2, 4, 4]
+
+
+@pytest.mark.parametrize(
+    "factors,changes,said",
+    [
+        ({"0": {"0": 0.5}}, {}, "1 layers"),
+        ({"0": {"0": 0.5, "1": 0.5, "2": 0.5}}, {}, "3 layers"),
+        ({"0": {"0": 0.5, "1": 0}}, {}, "between 0"),
+        ({"0": {"0": 0.5, "1": "0.5"}}, {}, "between 0"),
+        ({"0": {"0": 0.5, "7": 0.5}}, {}, "keys"),
+        ({}, {}, "scaling_factor"),
+        ({"0": {"0": 0.5, "1": 0.5}}, {"dtype": "float8_e5m2"}, "float8_e5m2"),
+        ({str(r): {"0": 0.5, "1": r + 1.0} for r in range(3)}, {}, "3 ranks"),
+        ({"0": {"0": 0.5, "1": 0.5}}, {"arrays": {f"{ATTN}.k_scale": np.float32(1)}}, "tensors"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::jaxquant.formats.base.FormatWarning")
+def test_a_side_file_of_kv_scales_that_does_not_fit_is_refused(factors, changes, said, tmp_path):
+    with pytest.raises(FormatError, match=said) as caught:
+        side_scales(tmp_path, factors, **changes)
+    assert "kv_cache_scales.json" in caught.value.where
 
 
 def test_mistral_params_describe_the_quantization(tmp_path):
