@@ -144,9 +144,15 @@ def own(depth: int, parts: Any) -> Any:
 
 
 def on_several_devices(value: Any) -> bool:
-    """Whether any leaf lies on more than one device; arrays of NumPy lie on none."""
+    """Whether any leaf lies on more than one device.
+
+    Arrays of NumPy lie on none, and those under trace on none that is known.
+    """
     return any(
-        isinstance(leaf, jax.Array) and len(leaf.devices()) > 1 for leaf in jax.tree.leaves(value)
+        isinstance(leaf, jax.Array)
+        and not isinstance(leaf, jax.core.Tracer)
+        and len(leaf.devices()) > 1
+        for leaf in jax.tree.leaves(value)
     )
 
 

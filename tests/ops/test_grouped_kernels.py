@@ -152,6 +152,26 @@ def test_prepared_banks_compute_the_same_and_come_back():
     assert packed.nbytes >= bank.nbytes and "int4" in repr(packed)
 
 
+def test_a_model_is_prepared_under_trace():
+    class Layer(nnx.Module):
+        def __init__(self):
+            kinds = [("fp8", "fp8", "w4a16_g128")] * 2
+            columns = [
+                [weight(kind, i, shape) for i, kind in enumerate(column)]
+                for column, shape in zip((kinds[0], *kinds), SHAPES, strict=True)
+            ]
+            plan = plan_experts(columns)
+            banks = [bank_experts(plan, j, column.__getitem__) for j, column in enumerate(columns)]
+            self.experts = Experts((banks[0], banks[1], banks[2]), plan, "silu")
+            self.linear = jq.nn.Linear(weight("fp8", 7))
+
+    def shapes(model):
+        return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), nnx.state(model))
+
+    traced = nnx.eval_shape(lambda: prepare_model(Layer()))
+    assert shapes(traced) == shapes(prepare_model(Layer()))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
