@@ -51,11 +51,11 @@ ifeq ($(PYTHON312),)
 	@test -z "$$CI"
 else
 	$(MAKE) .venv312/.installed
-	NPROC=16 $(BIN312)/python $(PYTEST) -m 'interpret and not gpu' tests/pallas_kernels tests/ops
+	NPROC=16 $(BIN312)/python $(PYTEST) -m 'interpret and not gpu'
 endif
 
 test312: .venv312/.installed .venvpeers/.installed
-	NPROC=16 $(BIN312)/python $(PYTEST) -m 'not gpu'
+	XLA_FLAGS=--xla_force_host_platform_device_count=4 NPROC=16 $(BIN312)/python $(PYTEST) -m 'not gpu'
 
 # Worker processes that compile while one of them uses the GPU; needs jax[cuda13] and a Hopper GPU.
 test-gpu:

@@ -5,17 +5,26 @@ import os
 import tempfile
 from collections.abc import Iterator
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores and the GPU
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-elif "JAX_COMPILATION_CACHE_DIR" not in os.environ and not importlib.util.find_spec("jax_plugins"):
-    # Most of the time goes into compiling small programs for the CPU.  Each is compiled once in a
-    # run, whichever process meets it first: workers and the children of tests inherit this.
-    COMPILED = tempfile.TemporaryDirectory(prefix="jaxquant-compiled-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+elif not importlib.util.find_spec("jax_plugins"):  # workers and the children of tests inherit this
+    # Tests compile thousands of small programs for the CPU and run each of them a few times: XLA's
+    # simplest path takes half the time.  Give XLA_FLAGS to test with all optimizations, as the demo
+    # runs.
+    os.environ.setdefault(
+        "XLA_FLAGS",
+        "--xla_force_host_platform_device_count=4"
+        " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+    )
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        # Each is compiled once in a run, whichever process meets it first.
+        COMPILED = tempfile.TemporaryDirectory(prefix="jaxquant-compiled-")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 
 import jax
 import pytest
@@ -23,9 +32,8 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "standard")
 
 
-@pytest.fixture
-def few_optimizations() -> Iterator[None]:
-    """Compile whole models in two thirds of the time; their logits differ in rounding at most."""
-    jax.config.update("jax_disable_most_optimizations", True)
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs() -> Iterator[None]:
+    """Programs of a module are of little use to the next, and a worker would keep gigabytes."""
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()

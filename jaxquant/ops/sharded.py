@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxquant.arrays.qtensor import QTensor
@@ -149,9 +150,7 @@ def on_several_devices(value: Any) -> bool:
     Arrays of NumPy lie on none, and those under trace on none that is known.
     """
     return any(
-        isinstance(leaf, jax.Array)
-        and not isinstance(leaf, jax.core.Tracer)
-        and len(leaf.devices()) > 1
+        isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and len(leaf.devices()) > 1
         for leaf in jax.tree.leaves(value)
     )
 

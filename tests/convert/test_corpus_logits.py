@@ -28,7 +28,6 @@ pytestmark = [
     pytest.mark.corpus,
     pytest.mark.skipif(ROOT is None, reason="JAXQUANT_CORPUS names no folder"),
     pytest.mark.filterwarnings("ignore"),
-    pytest.mark.usefixtures("few_optimizations"),
 ]
 FAMILIES = ("gptq", "awq", "ct-", "ct012", "fp8block", "modelopt", "bnb")
 NAMES = (

@@ -26,7 +26,6 @@ from tests.oracle import llamacpp
 pytestmark = [
     pytest.mark.corpus,
     pytest.mark.filterwarnings("ignore"),
-    pytest.mark.usefixtures("few_optimizations"),
 ]
 ROOT = os.environ.get("JAXQUANT_CORPUS")
 FILES = sorted(Path(ROOT or ".").glob("gguf-llamacpp-*/*.gguf")) if ROOT else []

@@ -23,7 +23,6 @@ IDS = GOLDEN["input_ids"]
 LENGTH_DEPENDENT = ("llama-dynamic", "llama-longrope")
 
 
-@pytest.mark.usefixtures("few_optimizations")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_equal_transformers(name: str):
     logits = np.asarray(small_model(name)(IDS))
