@@ -86,8 +86,10 @@ def test_every_device_multiplies_with_its_part(scheme, axis):
     # Out of jit every operation on a mesh is a program that is lowered anew at each call.
     for got in (jq.matmul(x, made), multiply(x, made)):
         assert got.shape == want.shape and error(got, want) < 2e-6
-    assert error(multiply(x[0], made), want[0]) < 2e-6, "one row without a batch"
-    assert error(multiply(x[:5], made), want[:5]) < 2e-6, "rows that the mesh does not divide"
+    # So other rows go there with the two schemes that have the fewest operations.
+    for run in (multiply, jq.matmul) if scheme in ("w8a16", "w8a8") else (multiply,):
+        assert error(run(x[0], made), want[0]) < 2e-6, "one row without a batch"
+        assert error(run(x[:5], made), want[:5]) < 2e-6, "rows that the mesh does not divide"
     # The control: another part in the place of the first.
     if axis != "none":
         wrong = dataclasses.replace(made, parts=jax.tree.map(lambda leaf: leaf[::-1], made.parts))
@@ -255,7 +257,8 @@ def test_experts_over_devices(name, axes):
     run = nnx.jit(prepared)
     for got in (prepared(x, ids, weights), run(x, ids, weights)):
         assert got.dtype == x.dtype and error(got, want) < limit
-    assert error(run(x[:5], ids[:5], weights[:5]), want[:5]) < limit, "an odd number of tokens"
+    for few in (run, prepared) if name == "fp8" else (run,):
+        assert error(few(x[:5], ids[:5], weights[:5]), want[:5]) < limit, "an odd number of tokens"
     assert error(run(x, (ids + 1) % 8, weights), want) > 0.5, "other experts"
     rows_ = jq.explain(prepared, batch=4).rows
     assert all(f"on each of {mesh.size} devices" in row.kernel for row in rows_)
