@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from jaxquant.arrays.codes import Code
+from jaxquant.arrays.layout import Layout
 from jaxquant.arrays.qtensor import QTensor
 from jaxquant.convert.item import Item, ModelSource, scheme_item
 from jaxquant.convert.plan_file import BASE, PrecisionPlan, resolve
@@ -31,30 +33,20 @@ _ROWS = 256
 _SPREAD, _TIMES = 0.05, 4.0
 
 
-_MEANS = {
-    "fp16": "floats of 16 or 32 bits",
-    "fp8": "e4m3 or e5m2 codes",
-    "int8": "8-bit integer codes",
-    "int4": "4-bit integer codes",
-    "gptq_int4": "4-bit codes of GPTQ",
-    "awq_int4": "4-bit codes of AWQ",
-}
-
-
-def _fits(precision: str, item: Item) -> bool:
-    """Whether a weight is what a precision's name promises."""
-    layout = item.abstract.layout
-    code = layout.code
+def _integer(code: Code, bits: int) -> bool:
     # NVFP4, MXFP4 and the codebooks of NF4 and IQ4 have 4 bits too, and are no integers.
-    integer = code.kind in ("int", "uint")
-    return {
-        "fp16": layout.dense,
-        "fp8": code.name in ("e4m3", "e5m2"),
-        "int8": code.bits == 8 and integer,
-        "int4": code.bits == 4 and integer,
-        "gptq_int4": item.format == "gptq" and code.bits == 4,
-        "awq_int4": item.format == "awq" and code.bits == 4,
-    }[precision]
+    return code.bits == bits and code.kind in ("int", "uint")
+
+
+# Precision of a plan -> what it means, and whether a weight of a format and a layout is that.
+_PRECISIONS: dict[str, tuple[str, Callable[[str, Layout], bool]]] = {
+    "fp16": ("floats of 16 or 32 bits", lambda _, layout: layout.dense),
+    "fp8": ("e4m3 or e5m2 codes", lambda _, layout: layout.code.name in ("e4m3", "e5m2")),
+    "int8": ("8-bit integer codes", lambda _, layout: _integer(layout.code, 8)),
+    "int4": ("4-bit integer codes", lambda _, layout: _integer(layout.code, 4)),
+    "gptq_int4": ("4-bit codes of GPTQ", lambda f, layout: f == "gptq" and layout.code.bits == 4),
+    "awq_int4": ("4-bit codes of AWQ", lambda f, layout: f == "awq" and layout.code.bits == 4),
+}
 
 
 def _same_array(a: Item, b: Item) -> bool:
@@ -180,13 +172,13 @@ def mixed(
             continue
         other = sources[plan.sources[precision].resolve()]
         item = other.weights.get(module)
+        means, fits = _PRECISIONS[precision]
         if item is None:
             problems.append(f"{module}: missing in {other.path} ({precision})")
-        elif not _fits(precision, item):
+        elif not fits(item.format, item.abstract.layout):
             found = f"{item.format}, {item.abstract.layout}"
             problems.append(
-                f"{module}: {other.path} has it as {found}, not as {precision}, which means "
-                f"{_MEANS[precision]}"
+                f"{module}: {other.path} has it as {found}, not as {precision}, which means {means}"
             )
         elif item.abstract.shape != base.weights[module].abstract.shape:
             shape = base.weights[module].abstract.shape
