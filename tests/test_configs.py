@@ -129,6 +129,11 @@ def test_reading_real_dicts():
     # What the tools write for a default.
     unset = {"sym": None, "lm_head": None, "checkpoint_format": "", "format": None, "dynamic": None}
     assert GPTQConfig.from_hf({"bits": 4, "group_size": 128, "desc_act": False} | unset) == config
+    second = dataclasses.replace(config, sym=False, checkpoint_format="gptq_v2")
+    written = {"bits": 4, "group_size": 128, "desc_act": False, "sym": False}
+    for key in ("checkpoint_format", "format"):
+        assert GPTQConfig.from_hf(written | {key: "gptq_v2"}) == second
+    assert second.to_hf().items() >= (written | {"checkpoint_format": "gptq_v2"}).items()
     config = Fp8Config.from_hf(
         {
             "quant_method": "fp8",
